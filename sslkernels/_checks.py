@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks: shape, dtype, device and Python numbers, by name and with what came. No values inside tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def features(**tensors: Any) -> None:
+    """Each argument is a floating (rows, D) tensor; all have one D and one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        tensor(name, x)
+        if x.ndim != 2:
+            raise ValueError(f"{name} must be 2-D (rows, features), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{name} must have as many features as {first_name} ({first.shape[1]}), got shape {tuple(x.shape)}"
+            )
+        same_device(name, x, first_name, first)
+
+
+def tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    # by name: importing torch.distributed.tensor here would double the import time of the package
+    if type(x).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor, which has no sharding rule here; pass {name}.to_local()")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {x.device}")
+
+
+def vector(name: str, x: Any, rows: int, like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """`x` is a (rows,) tensor on the device of `like`, of one of `dtypes`."""
+    tensor(name, x)
+    if x.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+
+
+def number(name: str, x: Any, like: Tensor) -> None:
+    """`x` is a finite Python number, or a floating tensor of one element on the device of `like` (or on the CPU)."""
+    if isinstance(x, Tensor):
+        tensor(name, x)
+        if x.numel() != 1 or not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating tensor of one element, got {x.dtype} {tuple(x.shape)}")
+        if x.device != like.device:
+            raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+    elif isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(x).__name__}")
+    elif not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def positive(name: str, x: Any) -> None:
+    """A Python number above zero. A tensor passes: reading its value would synchronise the device."""
+    if isinstance(x, Tensor):
+        return
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not (math.isfinite(x) and x > 0):
+        raise ValueError(f"{name} must be positive and finite, got {x}")
+
+
+def in_range(name: str, x: Any, low: float, high: float) -> None:
+    """low <= x < high."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not low <= x < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {x}")
+
+
+def choice(name: str, x: Any, choices: Sequence[str]) -> None:
+    if x not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {x!r}")
+
+
+def not_empty(name: str, x: Tensor) -> None:
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")

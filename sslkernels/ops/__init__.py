@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every primitive of the library, as a differentiable torch op."""
+
+from sslkernels.ops.contrastive import (
+    Exclude,
+    sampled_logsumexp,
+    self_similarity_logsumexp,
+    similarity_cross_entropy,
+    similarity_logsumexp,
+    similarity_softplus,
+    similarity_softplus_sum,
+)
+
+__all__ = [
+    "Exclude",
+    "sampled_logsumexp",
+    "self_similarity_logsumexp",
+    "similarity_cross_entropy",
+    "similarity_logsumexp",
+    "similarity_softplus",
+    "similarity_softplus_sum",
+]
