@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bars of speed and of peak memory from a results file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import BLURRED
+from benchmarks.stats import OURS, fastest, speedup
+
+
+def label(record: dict[str, Any]) -> str:
+    return record["op"] + " " + " ".join(f"{k}={v}" for k, v in record["shape"].items())
+
+
+def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
+    """Write the picture to `path`; False if no case has our time to compare with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [r for r in results["cases"].values() if OURS in r["time"].get(regime, {})]
+    if not records:
+        return False
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.42 * len(records)), sharey=True)
+    rows = range(len(records))
+    height = 0.38
+    for offset, other, colour in ((-0.2, "eager", "#1f77b4"), (0.2, "lean", "#9ecae1")):
+        names = [fastest(r["time"][regime], r["eager"]) if other == "eager" else other for r in records]
+        ratios = [speedup(r["time"][regime], name) if name in r["time"][regime] else None
+                  for r, name in zip(records, names, strict=True)]  # fmt: skip
+        have = [(row, ratio) for row, ratio in zip(rows, ratios, strict=True) if ratio]
+        middle = [ratio.median for _, ratio in have]
+        spread = [[ratio.median - ratio.low for _, ratio in have], [ratio.high - ratio.median for _, ratio in have]]
+        what = "fastest shipped form" if other == "eager" else "lean eager (our algebra in plain torch)"
+        speed.barh(
+            [row + offset for row, _ in have], middle, height, xerr=spread, color=colour, ecolor="#444", label=what
+        )
+    speed.axvline(1, color="#444", linewidth=0.8)
+    speed.set_yticks(list(rows), [label(r) for r in records])
+    speed.invert_yaxis()
+    speed.set_xlabel(f"times faster, forward + backward (memory {regime}; whiskers: quartiles)")
+    speed.legend(loc="lower right", fontsize="small")
+    for offset, name, colour in ((-0.2, "eager", "#d62728"), (0.2, OURS, "#2ca02c")):
+        peaks = [r["memory"].get(fastest(r["time"][regime], r["eager"]) if name == "eager" else name) for r in records]
+        what = "fastest shipped form" if name == "eager" else name
+        # Below the resolution a bar would promise more than was measured.
+        memory.barh(
+            [row + offset for row in rows], [max(p or 0, BLURRED) for p in peaks], 0.38, color=colour, label=what
+        )
+    memory.set_xscale("log")
+    memory.set_xlabel(f"extra peak memory of a step, MiB (resolution {BLURRED:g})")
+    memory.legend(loc="lower right", fontsize="small")
+    figure.suptitle(f"{results['family']}, {results['machine']['cpu']}, {results['machine']['cores']} cores, float32")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

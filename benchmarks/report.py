@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables made from a results file: for the terminal, for docs/benchmarks.md, and the short one in the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stats import OURS, Verdict, fastest, judge, seconds, speedup, summary
+
+MARKERS = {"README.md": "wins", "docs/benchmarks.md": "figures"}
+BLURRED = 3.0  # MiB; peak memory below this is noise
+
+
+def duration(value: float) -> str:
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def mebibytes(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f} MiB" if value >= BLURRED else f"< {BLURRED:g} MiB"
+
+
+def share_of_step(results: dict[str, Any], record: dict[str, Any], name: str, regime: str) -> float | None:
+    """The part of a training step that the loss takes, beside the reference encoder."""
+    if not results.get("encoder") or name not in record["time"].get(regime, {}):
+        return None
+    loss = summary(seconds(record["time"][regime], name)).median
+    return loss / (loss + record["images"] * results["encoder"]["seconds_per_image"])
+
+
+def verdicts(record: dict[str, Any], regime: str) -> list[Verdict]:
+    return [judge(record, goal, regime) for goal in record["goals"]]
+
+
+def mark(verdict: Verdict) -> str:
+    return {True: "met", False: "MISSED", None: "?"}[verdict.met]
+
+
+def progress(record: dict[str, Any]) -> list[str]:
+    """What the runner prints when a case is done."""
+    lines = []
+    for regime, times in record["time"].items():
+        ours = f"{duration(summary(seconds(times, OURS)).median)}" if OURS in times else "not measured"
+        others = [
+            f"{name} {duration(summary(seconds(times, name)).median)}"
+            + (f" ({speedup(times, name).median:.2f}x)" if OURS in times else "")
+            for name in times
+            if name != OURS
+        ]
+        lines.append(f"{regime:8}{OURS} {ours}; " + "; ".join(others))
+    if record["memory"]:
+        lines.append("memory  " + "; ".join(f"{name} {mebibytes(peak)}" for name, peak in record["memory"].items()))
+    regime = next(iter(record["time"]), "kept")
+    lines += [f"goal    {v.goal}: {v.got}, {mark(v)}" for v in verdicts(record, regime)]
+    return lines
+
+
+def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
+    """A Markdown table; columns from `right` on are aligned to the right."""
+    rule = ["---" if i < right else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def title(record: dict[str, Any]) -> str:
+    shape = ", ".join(f"{k} = {v:,}" for k, v in record["shape"].items())
+    return f"`{record['op']}` {shape}"
+
+
+def times_table(results: dict[str, Any], regime: str) -> str:
+    rows = []
+    for record in results["cases"].values():
+        times = record["time"].get(regime, {})
+        for name in times:
+            total = summary(seconds(times, name))
+            ratio = speedup(times, name) if OURS in times and name != OURS else None
+            share = share_of_step(results, record, name, regime) if name != "gemm" else None
+            rows.append([
+                title(record) if name == next(iter(times)) else "",
+                name,
+                duration(summary(seconds(times, name, "forward")).median),
+                duration(summary(seconds(times, name, "backward")).median),
+                f"{duration(total.median)} ({duration(total.low)}-{duration(total.high)})",
+                f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "",
+                mebibytes(record["memory"].get(name)) if name != "gemm" else "-",
+                f"{100 * share:.1f}%" if share is not None else "-",
+            ])  # fmt: skip
+    header = ["case", "contender", "forward", "backward", "both (quartiles)", "time / ours (quartiles)", "peak memory",
+              "share of a step"]  # fmt: skip
+    return table(header, rows, right=2)
+
+
+def goals_table(results: dict[str, Any]) -> str:
+    rows = []
+    for record in results["cases"].values():
+        for number, goal in enumerate(record["goals"]):
+            kept, default = judge(record, goal, "kept"), judge(record, goal, "default")
+            other = default.got if goal["what"] == "time" else ""
+            rows.append([title(record) if number == 0 else "", kept.goal, kept.got, mark(kept), other])
+    return table(["case", "goal", "kept", "", "default malloc"], rows, right=2)
+
+
+def machine_line(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    caches = ", ".join(f"{n} {size / 1024:g} MiB" for n in ("l2", "l3") if (size := machine[f"{n}_kib"]))
+    facts = {
+        f"torch {p['torch']} ({p['blas']}), {p['threads']} threads, {p['rounds']} rounds, commit "
+        f"{(p['commit'] or 'unknown')[:10]}{' with uncommitted changes' if p['dirty'] else ''}, {p['date']}"
+        for p in (record["provenance"] for record in results["cases"].values())
+    }
+    return f"{machine['cpu']}, {machine['cores']} cores, {caches}; float32; " + "; ".join(sorted(facts)) + "."
+
+
+def wins(results: dict[str, Any]) -> str:
+    """The README's table: forward + backward against the fastest form that anyone ships."""
+    rows = []
+    for record in results["cases"].values():
+        kept, default = record["time"].get("kept", {}), record["time"].get("default", {})
+        eager = fastest(kept, record["eager"])
+        if eager is None or OURS not in kept:
+            continue
+        peak, ours = record["memory"].get(eager), record["memory"].get(OURS)
+        rows.append([
+            title(record), eager,
+            f"{duration(summary(seconds(kept, eager)).median)} → {duration(summary(seconds(kept, OURS)).median)}",
+            f"**{speedup(kept, eager).median:.1f}x**",
+            f"{speedup(default, eager).median:.1f}x" if OURS in default and eager in default else "-",
+            f"{speedup(kept, 'lean').median:.1f}x" if "lean" in kept else "-",
+            f"{mebibytes(peak)} → {mebibytes(ours)}",
+        ])  # fmt: skip
+    header = ["loss", "fastest shipped form", "forward + backward", "faster", "default malloc", "vs lean eager",
+              "peak memory"]  # fmt: skip
+    return f"{table(header, rows, right=2)}\n\n{machine_line(results)}"
+
+
+def full(results: dict[str, Any], picture: str | None = None) -> str:
+    parts = [machine_line(results), "### Goals", goals_table(results)]
+    if picture:
+        parts.insert(1, f"![speed and memory]({picture})")
+    regimes = {regime for record in results["cases"].values() for regime in record["time"]}
+    for regime in sorted(regimes, reverse=True):
+        parts += [f"### Memory {regime}" if regime == "kept" else f"### malloc {regime}", times_table(results, regime)]
+    if results.get("encoder"):
+        parts.append(
+            f"Share of a step: beside {results['encoder']['name']}, "
+            f"{duration(results['encoder']['seconds_per_image'])} an image."
+        )
+    sources = {f"{n}: {s}" for record in results["cases"].values() for n, s in record["sources"].items() if n != OURS}
+    parts.append("Contenders: " + "; ".join(sorted(sources)) + ".")
+    return "\n\n".join(parts)
+
+
+def replace_between(text: str, marker: str, content: str) -> str:
+    """Put `content` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"text: expected the markers {begin} and {end}, in this order; they are not there")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def insert(path: Path, marker: str, content: str) -> None:
+    try:
+        path.write_text(replace_between(path.read_text(), marker, content))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None

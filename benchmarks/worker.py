@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job in a process of its own: `python -m benchmarks.worker '{"job": "time", ...}'` prints one line of JSON.
+
+A job has a process because the allocator's regime is fixed when a process starts and because peak memory must not
+see what another contender left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.case import Case, GemmStep, LossStep, leaves
+from benchmarks.cases import find
+
+Step = LossStep | GemmStep
+VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # float32 against float64: relative error, by norm for gradients
+
+
+def check(case: Case, names: list[str]) -> dict[str, Any]:
+    """Each contender's error in value and gradients against the formula in float64: the gate to being timed."""
+    exact = case.make_inputs(torch.float64)
+    value = case.formula(**exact)
+    gradients = torch.autograd.grad(value, tuple(leaves(exact).values()))
+    value = value.detach()
+    report = {}
+    for name in names:
+        try:
+            step = case.step(name, case.make_inputs())
+            loss = step.forward()
+            got = step.backward(loss)
+        except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            report[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            continue
+        value_error = relative_error(loss.detach(), value)
+        gradient_error = max(relative_error(g, e) for g, e in zip(got, gradients, strict=True))
+        # Written so that a NaN fails.
+        ok = value_error <= VALUE_LIMIT and gradient_error <= GRADIENT_LIMIT
+        report[name] = {"ok": ok, "value_error": value_error, "gradient_error": gradient_error}
+        if not ok:
+            report[name]["error"] = f"value error {value_error:.1e}, gradient error {gradient_error:.1e}"
+    return report
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    if got.shape != exact.shape:
+        return math.inf
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def timed(step: Step, repeats: int) -> tuple[float, float]:
+    """Seconds of one forward and of one backward, averaged over `repeats` steps."""
+    forward = backward = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss = step.forward()
+        middle = time.perf_counter()
+        gradients = step.backward(loss)
+        end = time.perf_counter()
+        forward, backward = forward + middle - start, backward + end - middle
+        del loss, gradients
+    return forward / repeats, backward / repeats
+
+
+def interleave(steps: dict[str, Step], rounds: int, shortest: float) -> dict[str, dict[str, list[float]]]:
+    """`rounds` samples of each contender, taken in turn; a sample repeats steps until it lasts `shortest` seconds."""
+    repeats = {}
+    for name, step in steps.items():
+        timed(step, 2)
+        repeats[name] = max(1, math.ceil(shortest / sum(timed(step, 1))))
+    samples: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        first = turn % len(names)  # whoever comes first follows another contender each time
+        for name in names[first:] + names[:first]:
+            forward, backward = timed(steps[name], repeats[name])
+            samples[name]["forward"].append(forward)
+            samples[name]["backward"].append(backward)
+    return samples
+
+
+def peak(case: Case, name: str) -> float:
+    """A tiny step of the same kind first, so that libraries, threads and their buffers are there already."""
+    small = case.step(name, case.tiny().make_inputs())
+    small.backward(small.forward())
+    step = case.step(name, case.make_inputs())
+    return memory.peak_mib(lambda: step.backward(step.forward()))
+
+
+def compiled(case: Case) -> Case:
+    """The case with a `torch.compile` of every contender but ours beside the contender itself."""
+    more = tuple(
+        replace(c, name=f"{c.name}+compile", call=torch.compile(c.call, dynamic=False), source=f"compiled: {c.source}")
+        for c in case.contenders
+        if c.name != "sslkernels"
+    )  # fmt: skip
+    return replace(case, contenders=case.contenders + more)
+
+
+def run(job: dict[str, Any]) -> Any:
+    torch.set_num_threads(job["threads"])
+    if job["job"] == "encoder":
+        from benchmarks.encoder import seconds_per_image
+
+        return seconds_per_image(job["rounds"])
+    case = find(job["case"]).sized(**job.get("shape", {}))
+    if job.get("compile"):
+        case = compiled(case)
+    if job["job"] == "check":
+        return check(case, job["names"])
+    if job["job"] == "memory":
+        return peak(case, job["name"])
+    if job["job"] == "time":
+        inputs = case.make_inputs()
+        return interleave({name: case.step(name, inputs) for name in job["names"]}, job["rounds"], job["shortest"])
+    raise ValueError(f"job: expected check, time, memory or encoder, got {job['job']!r}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))))
