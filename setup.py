@@ -121,7 +121,8 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
     warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("SSLKERNELS_WERROR") == "1" else [])]
     hidden = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", f"-fmacro-prefix-map={torch}/include/="]
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TARGET}", "-Icsrc", "-isystem", f"{torch}/include"]
-    libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
+    # libstdc++ first: torch's libraries export copies of some of its templates, which must not become dependencies.
+    libraries = ["-lstdc++", f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
     linker = ["--as-needed", "--no-undefined", "--exclude-libs=ALL"]
     steps = []
     if nvcc:
@@ -143,8 +144,8 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
             *strict,
         ]
         compile_ += [f"-Xcompiler={host}", "-MD"]
-        link = [nvcc, "-ccbin", compiler[0], "-shared", *(f"-Xlinker={flag}" for flag in linker)]
-        libraries = [f"-L{stub.parent}", "-ltorch_cuda", *libraries]
+        link = [nvcc, "-ccbin", compiler[0], "-shared", "--no-device-link", *(f"-Xlinker={flag}" for flag in linker)]
+        libraries = [libraries[0], f"-L{stub.parent}", "-ltorch_cuda", *libraries[1:]]
     else:
         # -fno-math-errno and -fno-trapping-math let loops vectorise and change no value; -ffast-math would.
         math = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
