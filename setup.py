@@ -2,7 +2,7 @@
 """Builds csrc/cpu/*.cpp and csrc/cuda/*.cu into two libraries that use LibTorch's stable ABI only.
 
 Nothing of Python or of one torch release is linked in, so one wheel (py3-none-<platform>) serves them all. Variables:
-SSLKERNELS_CPU=0 and SSLKERNELS_CUDA=0 skip a library, =1 makes what it needs mandatory (unset: built where the tools are
+SSLKERNELS_CPU=0 and SSLKERNELS_CUDA=0 skip a library, =1 makes what it needs mandatory (unset: built if the tools are
 found); SSLKERNELS_WERROR=1 turns warnings into errors; CXX and CUDA_HOME (or PATH) name the compilers.
 """
 
@@ -23,149 +23,41 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/kernels")
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 MINIMUM_TORCH = (2, 11)
 TARGET = f"0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"  # the stable ABI of that release, no newer
+# -fno-math-errno and -fno-trapping-math let loops vectorise and change no value; -ffast-math would change many.
+CXX_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+HIDDEN = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("SSLKERNELS_WERROR") == "1" else [])]
+LINKER = ["--as-needed", "--no-undefined", "--exclude-libs=ALL"]
 CUDA_ARCHITECTURES = (80, 90, 100)
-# What csrc/cuda takes from libtorch_cuda.so, which a CPU-only torch does not have: linking meets a stub of that name.
+# What csrc/cuda takes from libtorch_cuda.so, which a CPU-only torch lacks: it is linked with a stub of that name.
 CUDA_SHIM = ("aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg")
 NOTES: list[str] = []
 
 
 class Step(NamedTuple):
-    """One compiler call: `command` turns `inputs` into `output`."""
+    """One compiler call; "link" waits for every "compile"."""
 
+    kind: str
     output: Path
     inputs: list[Path]
     command: list[str]
-    depfile: bool = False
-
-
-def wanted(library: str) -> bool | None:
-    """True: mandatory, False: skipped, None: built if the tools are there."""
-    return {"": None, "0": False, "1": True}[os.environ.get(f"SSLKERNELS_{library}", "")]
 
 
 def find_compiler() -> list[str] | None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next(
-        ([path, *shlex.split(name)[1:]] for name in names if (path := shutil.which(shlex.split(name)[0]))), None
-    )
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]:
+        program, *options = shlex.split(name)
+        if path := shutil.which(program):
+            return [path, *options]
+    return None
 
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-
-
-def find_torch() -> Path:
-    """The torch to take headers from; pip's build isolation hides the environment's own, so look there as well."""
-    spec = importlib.util.find_spec("torch")
-    places = [Path(spec.origin).parent] if spec and spec.origin else []
-    places += [Path(sysconfig.get_path(kind), "torch") for kind in ("platlib", "purelib")]
-    for place in places:
-        header = place / "include/torch/headeronly/version.h"
-        if header.is_file():
-            found = tuple(int(n) for n in re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text()))
-            if found >= MINIMUM_TORCH:
-                return place
-    sys.exit(
-        "sslkernels: building the kernels needs the headers of torch >= 2.11, and this build sees none. Install torch "
-        "first, then run: pip install --no-build-isolation .   (SSLKERNELS_CPU=0 SSLKERNELS_CUDA=0 installs without "
-        "kernels: correct, but slow)"
-    )
-
-
-def choose_libraries() -> list[Extension]:
-    """Decide what can be built here, and note what cannot and why."""
-    cpu, cuda = wanted("CPU"), wanted("CUDA")
-    compiler, nvcc = find_compiler(), find_nvcc()
-    if not compiler or sys.platform != "linux":
-        problem = "no C++ compiler was found (g++, c++, clang++ or $CXX)" if not compiler else "this is not Linux"
-        if cpu or cuda:
-            sys.exit(
-                f"sslkernels: kernels were asked for, but {problem}. Install one, for example: apt-get install g++"
-            )
-        if cpu is None:
-            NOTES.append(
-                f"{problem}: the plain PyTorch reference will serve every op, slowly. To get the kernels, install a "
-                "compiler (for example: apt-get install g++), then run: pip install --no-build-isolation --force-"
-                "reinstall --no-deps ."
-            )
-        return []
-    if cuda and not nvcc:
-        sys.exit(
-            "sslkernels: SSLKERNELS_CUDA=1, but nvcc was not found. Install the CUDA toolkit (>= 12.8 for all "
-            "architectures), and put its bin directory on PATH or set CUDA_HOME."
-        )
-    sources = {}
-    if cpu is not False:
-        sources["cpu"] = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    if cuda is not False and nvcc:
-        sources["cuda"] = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-    return [Extension(f"sslkernels.lib.libsslkernels_{device}", files) for device, files in sources.items() if files]
-
-
-def cuda_architectures(nvcc: str) -> list[str]:
-    """Machine code for each architecture that this nvcc knows, and PTX of the last for what comes later."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-    chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
-    return [*codes, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
-
-
-def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[Step]:
-    """The compile steps of one library, then its link step."""
-    nvcc = find_nvcc() or "" if extension.name.endswith("_cuda") else ""
-    warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("SSLKERNELS_WERROR") == "1" else [])]
-    hidden = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", f"-fmacro-prefix-map={torch}/include/="]
-    common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TARGET}", "-Icsrc", "-isystem", f"{torch}/include"]
-    # libstdc++ first: torch's libraries export copies of some of its templates, which must not become dependencies.
-    libraries = ["-lstdc++", f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
-    linker = ["--as-needed", "--no-undefined", "--exclude-libs=ALL"]
-    steps = []
-    if nvcc:
-        stub, source = BUILD / "stub/libtorch_cuda.so", BUILD / "stub/libtorch_cuda.c"
-        source.parent.mkdir(parents=True, exist_ok=True)
-        write_if_changed(source, "".join(f"void {name}(void) {{}}\n" for name in CUDA_SHIM))
-        command = [*compiler, "-shared", "-fPIC", "-x", "c", "-Wl,-soname,libtorch_cuda.so"]
-        steps.append(Step(stub, [source], [*command, str(source), "-o", str(stub)]))
-        host = ",".join([*warnings, *hidden])
-        strict = ["-Werror=all-warnings"] if "-Werror" in warnings else []
-        compile_ = [
-            nvcc,
-            "-ccbin",
-            compiler[0],
-            "-DUSE_CUDA",
-            *common,
-            *cuda_architectures(nvcc),
-            "--threads=0",
-            *strict,
-        ]
-        compile_ += [f"-Xcompiler={host}", "-MD"]
-        link = [nvcc, "-ccbin", compiler[0], "-shared", "--no-device-link", *(f"-Xlinker={flag}" for flag in linker)]
-        libraries = [libraries[0], f"-L{stub.parent}", "-ltorch_cuda", *libraries[1:]]
-    else:
-        # -fno-math-errno and -fno-trapping-math let loops vectorise and change no value; -ffast-math would.
-        math = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-        compile_ = [*compiler, *common, *math, *hidden, *warnings, "-MMD"]
-        link = [*compiler, "-shared", *(f"-Wl,{flag}" for flag in linker)]
-    objects = []
-    for source in map(Path, extension.sources):
-        output = BUILD / source.with_suffix(source.suffix + ".o")
-        command = [*compile_, "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, [source], command, depfile=True))
-        objects.append(output)
-    output = BUILD / f"{extension.name.rpartition('.')[2]}.so"
-    needed = objects + [step.output for step in steps if step.output.suffix == ".so"]
-    steps.append(Step(output, needed, [*link, *map(str, objects), *libraries, "-o", str(output)]))
-    return steps
-
-
-def write_if_changed(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
 
 
 def find_ninja() -> str | None:
@@ -176,32 +68,107 @@ def find_ninja() -> str | None:
     return shutil.which("ninja")
 
 
+def find_torch() -> Path:
+    """The torch to take headers from; pip's build isolation hides the environment's own, so look there as well."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    for place in (*places, *(Path(sysconfig.get_path(kind), "torch") for kind in ("platlib", "purelib"))):
+        header = place / "include/torch/headeronly/version.h"
+        version = re.findall(r"VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text()) if header.is_file() else []
+        if tuple(map(int, version)) >= MINIMUM_TORCH:
+            return place
+    sys.exit(
+        "sslkernels: the kernels need the headers of torch >= 2.11, and this build sees none. Install torch first, "
+        f"then run: {REINSTALL}   (SSLKERNELS_CPU=0 SSLKERNELS_CUDA=0 installs without kernels: correct, but slow)"
+    )
+
+
+def choose_libraries() -> list[Extension]:
+    """Decide what can be built here, and note what cannot and why."""
+    cpu, cuda = (os.environ.get(f"SSLKERNELS_{name}") for name in ("CPU", "CUDA"))
+    problem = "this is not Linux" if sys.platform != "linux" else ""
+    if not find_compiler():
+        problem = "no C++ compiler was found (g++, c++, clang++ or $CXX); install one, for example: apt-get install g++"
+    if problem and "1" in (cpu, cuda):
+        sys.exit(f"sslkernels: kernels were asked for, but {problem}")
+    if problem:
+        if cpu != "0":
+            NOTES.append(f"{problem}. Until then the PyTorch reference serves every op, slowly. Then run: {REINSTALL}")
+        return []
+    if cuda == "1" and not find_nvcc():
+        sys.exit(
+            "sslkernels: SSLKERNELS_CUDA=1, but nvcc was not found. Install the CUDA toolkit (12.8 or later knows all "
+            "architectures), and put its bin directory on PATH or set CUDA_HOME."
+        )
+    sources = {
+        "cpu": sorted(Path("csrc/cpu").glob("*.cpp")) if cpu != "0" else [],
+        "cuda": sorted(Path("csrc/cuda").glob("*.cu")) if cuda != "0" and find_nvcc() else [],
+    }
+    return [Extension(f"sslkernels.lib.libsslkernels_{name}", [*map(str, s)]) for name, s in sources.items() if s]
+
+
+def cuda_tools(nvcc: str, compiler: list[str]) -> tuple[list[str], list[str], Step]:
+    """How to compile and how to link CUDA, and the step that makes the stub of libtorch_cuda.so."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
+    codes.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")  # PTX, for what comes later
+    strict = ["-Werror=all-warnings"] if "-Werror" in WARNINGS else []
+    base = [nvcc, "-ccbin", compiler[0]]
+    compile_ = [*base, "-DUSE_CUDA", *codes, "--threads=0", *strict, f"-Xcompiler={','.join(WARNINGS + HIDDEN)}", "-MD"]
+    stub, source = BUILD / "stub/libtorch_cuda.so", BUILD / "stub/libtorch_cuda.c"
+    write_if_changed(source, "".join(f"void {name}(void) {{}}\n" for name in CUDA_SHIM))
+    command = [*compiler, "-shared", "-fPIC", "-x", "c", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)]
+    link = [*base, "-shared", "--no-device-link", *(f"-Xlinker={flag}" for flag in LINKER)]
+    return compile_, [*link, "-lstdc++", f"-L{stub.parent}", "-ltorch_cuda"], Step("compile", stub, [source], command)
+
+
+def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[Step]:
+    """The compile steps of one library, then its link step."""
+    steps = []
+    if extension.name.endswith("_cuda"):
+        compile_, link, stub = cuda_tools(find_nvcc() or "nvcc", compiler)
+        steps.append(stub)
+    else:
+        compile_ = [*compiler, *CXX_FLAGS, *HIDDEN, *WARNINGS, "-MMD"]
+        # libstdc++ first: torch's libraries export copies of its templates, which must not become dependencies.
+        link = [*compiler, "-shared", *(f"-Wl,{flag}" for flag in LINKER), "-lstdc++"]
+    headers = ["-Icsrc", "-isystem", f"{torch}/include"]
+    for source in map(Path, extension.sources):
+        output = BUILD / f"{source}.o"
+        options = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TARGET}", *headers, "-MF", f"{output}.d"]
+        command = [*compile_, *options, "-c", str(source), "-o", str(output)]
+        steps.append(Step("compile", output, [source], command))
+    output = BUILD / f"{extension.name.rpartition('.')[2]}.so"
+    objects = [str(step.output) for step in steps if step.output.suffix == ".o"]
+    command = [link[0], *objects, *link[1:], f"-L{torch}/lib", "-ltorch_cpu", "-lc10", "-o", str(output)]
+    return [*steps, Step("link", output, [step.output for step in steps], command)]
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
 def run_steps(steps: list[Step]) -> None:
-    """Bring every output up to date: by ninja, which recompiles only what changed, or else all of it, in threads."""
+    """Bring every output up to date: with ninja only what changed, else everything, in threads."""
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
-    ninja = find_ninja()
-    if ninja:
-        lines = [
-            f"builddir = {BUILD}",
-            "rule link",
-            "  command = $cmd",
-            "rule compile",
-            "  command = $cmd",
-            "  deps = gcc",
-            "  depfile = $out.d",
-        ]
+    if ninja := find_ninja():
+        text = f"builddir = {BUILD}\nrule link\n  command = $cmd\n"
+        text += "rule compile\n  command = $cmd\n  deps = gcc\n  depfile = $out.d\n"
         for step in steps:
-            paths = [re.sub(r"([$ :])", r"$\1", str(path)) for path in (step.output, *step.inputs)]
-            lines.append(f"build {paths[0]}: {'compile' if step.depfile else 'link'} {' '.join(paths[1:])}")
-            lines.append(f"  cmd = {shlex.join(step.command).replace('$', '$$')}")
-        write_if_changed(BUILD / "build.ninja", "\n".join(lines) + "\n")
+            output, *inputs = (re.sub(r"([$ :])", r"$\1", str(path)) for path in (step.output, *step.inputs))
+            text += f"build {output}: {step.kind} {' '.join(inputs)}\n"
+            text += f"  cmd = {shlex.join(step.command).replace('$', '$$')}\n"
+        write_if_changed(BUILD / "build.ninja", text)
         subprocess.run([ninja, "-f", str(BUILD / "build.ninja")], check=True)
         return
-    links = [step for step in steps if len(step.inputs) != 1 or step.output.parent == BUILD]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda step: subprocess.run(step.command, check=True), [s for s in steps if s not in links]))
-        list(pool.map(lambda step: subprocess.run(step.command, check=True), links))
+        for kind in ("compile", "link"):
+            commands = [step.command for step in steps if step.kind == kind]
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
 
 
 class BuildKernels(build_ext):
@@ -209,17 +176,16 @@ class BuildKernels(build_ext):
         return f"{fullname.replace('.', '/')}.so"  # no interpreter tag: these are no Python modules
 
     def build_extensions(self) -> None:
-        torch, compiler = find_torch(), find_compiler()
-        steps = [step for extension in self.extensions for step in steps_for(extension, torch, compiler)]
+        torch, compiler = find_torch(), find_compiler() or []
         try:
-            run_steps(steps)
+            run_steps([step for extension in self.extensions for step in steps_for(extension, torch, compiler)])
         except subprocess.CalledProcessError:
             sys.exit(
-                "sslkernels: the kernels did not compile (see above). SSLKERNELS_CPU=0 or SSLKERNELS_CUDA=0 skips them."
+                "sslkernels: a kernel did not compile (see above); SSLKERNELS_CPU=0 or SSLKERNELS_CUDA=0 skips them"
             )
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self.mkpath(str(target.parent))
             self.copy_file(str(BUILD / target.name), str(target))
 
 
@@ -235,9 +201,8 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]  # any Python: the libraries have no Python symbol
 
 
-if __name__ == "__main__":
-    os.chdir(ROOT)
-    setup(
-        ext_modules=choose_libraries(),
-        cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": Wheel},
-    )
+os.chdir(Path(__file__).resolve().parent)
+setup(
+    ext_modules=choose_libraries(),
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": Wheel},
+)

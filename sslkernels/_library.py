@@ -11,31 +11,40 @@ import torch
 
 FOLDER = Path(__file__).parent / "lib"
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+TOOLS = {"cpu": "a C++ compiler (apt-get install g++)", "cuda": "the CUDA toolkit (nvcc)"}
 
+# Device type -> why its library does not serve; a device that is not in here has its library.
 PROBLEMS: dict[str, str] = {}
-"""Device type -> why its library is not loaded. A device that is not in here has its library."""
-
+# Device type -> the ops that its compiled library serves.
 COMPILED: dict[str, set[str]] = {"cpu": set(), "cuda": set()}
-"""Device type -> the ops that the compiled library of that device serves."""
 
 _announced: set[str] = set()
 
 
 def load() -> None:
-    """Load the library of each device, where there is one that can run here."""
-    for device, problem in (("cpu", ""), ("cuda", _cuda_problem())):
-        path = FOLDER / f"libsslkernels_{device}.so"
-        if not problem and not path.is_file():
-            problem = f"{path.name} was not built when sslkernels was installed"
-        if not problem:
-            try:
-                before = _served(device)
-                torch.ops.load_library(path)
-                COMPILED[device] = _served(device) - before
-                continue
-            except OSError as error:
-                problem = f"{path.name} cannot be loaded: {error}"
-        PROBLEMS[device] = problem
+    """Load the library of each device where it can run; the ops must be defined by now."""
+    for device in COMPILED:
+        problem = _load(device)
+        if problem:
+            PROBLEMS[device] = problem
+
+
+def path(device: str) -> Path:
+    return FOLDER / f"libsslkernels_{device}.so"
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether the op has a kernel of its own for the device, compiled or not."""
+    key = getattr(torch._C.DispatchKey, device.upper())
+    return getattr(torch.ops.sslkernels, name).default.has_kernel_for_dispatch_key(key)
+
+
+def cuda_versions() -> tuple[str, str | None]:
+    """CUDA versions of the loaded library and of the driver, which is None where there is none."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(str(path("cuda"))).sslkernels_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    texts = [f"{v.value // 1000}.{v.value % 1000 // 10}" for v in (runtime, driver)]
+    return texts[0], texts[1] if driver.value else None
 
 
 def warn_fallback(device: str) -> None:
@@ -46,26 +55,30 @@ def warn_fallback(device: str) -> None:
     warnings.warn(f"sslkernels: {_remedy(device)}", RuntimeWarning, stacklevel=4)
 
 
-def _remedy(device: str) -> str:
-    slow = f"the plain PyTorch reference serves {device} tensors, which is slower and takes more memory"
-    if device not in COMPILED:
-        return f"there are no kernels for {device} devices: {slow}."
-    if device not in PROBLEMS:
-        return f"an op has no compiled kernel for {device} yet: {slow}. `python -m sslkernels info` lists them."
-    needs = "a C++ compiler (apt-get install g++)" if device == "cpu" else "the CUDA toolkit (nvcc)"
-    return f"{PROBLEMS[device]}, so {slow}. With {needs}, run in the source folder: {BUILD}"
+def _load(device: str) -> str:
+    """Load one library; what is in the way, if anything is."""
+    from sslkernels.ops._registry import OPS  # which imports this module
 
-
-def _cuda_problem() -> str:
-    """Why the CUDA library cannot serve this torch and driver; empty if it can."""
-    if torch.version.cuda is None:
+    if device == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if not path(device).is_file():
+        return f"{path(device).name} was not built when sslkernels was installed"
+    before = {name for name in OPS if has_kernel(name, device)}
+    try:
+        torch.ops.load_library(path(device))
+    except OSError as error:
+        return f"{path(device).name} cannot be loaded ({error.__cause__ or error})"
+    COMPILED[device] = {name for name in OPS if has_kernel(name, device)} - before
+    if device == "cuda" and not COMPILED[device]:
+        runtime, driver = cuda_versions()
+        return f"the NVIDIA driver supports CUDA {driver}, and the kernels were built with CUDA {runtime}"
     return ""
 
 
-def _served(device: str) -> set[str]:
-    """The ops that have a kernel of their own under the dispatch key of `device`."""
-    from sslkernels.ops._registry import OPS
-
-    key = getattr(torch._C.DispatchKey, device.upper())
-    return {name for name in OPS if getattr(torch.ops.sslkernels, name).default.has_kernel_for_dispatch_key(key)}
+def _remedy(device: str) -> str:
+    slower = f"the plain PyTorch reference serves {device} tensors, slower and with more memory"
+    if device not in COMPILED:
+        return f"there are no kernels for {device} devices: {slower}."
+    if device not in PROBLEMS:
+        return f"an op has no compiled kernel for {device} yet: {slower} (`python -m sslkernels info` lists them)."
+    return f"{PROBLEMS[device]}: {slower}. With {TOOLS[device]}, run in the source folder of sslkernels: {BUILD}"

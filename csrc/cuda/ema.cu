@@ -16,6 +16,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "common/chunks.h"
+#include "cuda/driver.h"
 
 namespace sslkernels {
 namespace {
@@ -242,13 +243,6 @@ void ema_update_(const std::vector<Tensor>& all_targets, const std::vector<Tenso
       launch<kLarge>(part, targets, sources, momentum, static_cast<cudaStream_t>(stream));
     }
   }
-}
-
-// A kernel of this library runs where the driver is at least of the major version it was built with. No driver at all is
-// a machine without a GPU, where registering harms nothing.
-bool driver_serves() {
-  int driver = 0;
-  return cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0 || driver / 1000 >= CUDART_VERSION / 1000;
 }
 
 }  // namespace
