@@ -46,7 +46,7 @@ class Case:
     name: str
     op: str
     shape: dict[str, int]
-    inputs: Callable[..., Inputs]  # (generator, dtype, **shape) -> Inputs
+    inputs: Callable[..., Inputs]  # (generator, **shape) -> Inputs, float32
     formula: Callable[..., Tensor]  # float64 definition, called like a contender
     contenders: tuple[Contender, ...]
     eager: tuple[str, ...]  # the contenders that restate what somebody ships
@@ -56,8 +56,9 @@ class Case:
     goals: tuple[Goal, ...] = field(default=())
 
     def make_inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
-        generator = torch.Generator().manual_seed(SEED)
-        return self.inputs(generator, dtype, **self.shape)
+        """The same float32 values in any dtype, so that a formula in float64 judges what float32 was given."""
+        inputs = self.inputs(torch.Generator().manual_seed(SEED), **self.shape)
+        return {name: recast(value, dtype) for name, value in inputs.items()}
 
     def contender(self, name: str) -> Contender:
         for contender in self.contenders:
@@ -79,6 +80,12 @@ class Case:
 
 
 TINY = {"N": 24, "D": 16, "K": 96, "classes": 5}
+
+
+def recast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().to(dtype).requires_grad_(value.requires_grad)
 
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from benchmarks.stats import OURS, Verdict, fastest, judge, seconds, speedup, summary
 
-MARKERS = {"README.md": "wins", "docs/benchmarks.md": "figures"}
-BLURRED = 3.0  # MiB; peak memory below this is noise
+BLURRED = 1.0  # MiB; peak memory below this is noise
 
 
 def duration(value: float) -> str:
@@ -21,7 +20,9 @@ def duration(value: float) -> str:
 def mebibytes(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f} MiB" if value >= BLURRED else f"< {BLURRED:g} MiB"
+    if value < BLURRED:
+        return f"< {BLURRED:g} MiB"
+    return f"{value:,.0f} MiB" if value >= 10 else f"{value:.1f} MiB"
 
 
 def share_of_step(results: dict[str, Any], record: dict[str, Any], name: str, regime: str) -> float | None:
@@ -105,7 +106,7 @@ def goals_table(results: dict[str, Any]) -> str:
 
 def machine_line(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    caches = ", ".join(f"{n} {size / 1024:g} MiB" for n in ("l2", "l3") if (size := machine[f"{n}_kib"]))
+    caches = ", ".join(f"{n.upper()} {size / 1024:g} MiB" for n in ("l2", "l3") if (size := machine[f"{n}_kib"]))
     facts = {
         f"torch {p['torch']} ({p['blas']}), {p['threads']} threads, {p['rounds']} rounds, commit "
         f"{(p['commit'] or 'unknown')[:10]}{' with uncommitted changes' if p['dirty'] else ''}, {p['date']}"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import encoder, machine, memory
+from benchmarks import machine, memory
 from benchmarks.case import Case
 from benchmarks.cases import FAMILIES
 from benchmarks.report import progress
@@ -121,7 +121,7 @@ def run(family: str, cases: list[Case], options: Options, arguments: list[str], 
     """Measure `cases`, writing the file after each one."""
     results = load(path, family)
     job = {"job": "encoder", "threads": options.threads, "rounds": options.rounds}
-    results["encoder"] = {"name": encoder.NAME, "seconds_per_image": launch(job, REGIMES["kept"])}
+    results["encoder"] = launch(job, REGIMES["kept"])
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.name}")

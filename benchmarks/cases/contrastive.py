@@ -12,46 +12,46 @@ from benchmarks.contenders import contrastive as contenders
 from benchmarks.formulas import contrastive as formulas
 
 
-def two_views(generator: torch.Generator, dtype: torch.dtype, N: int, D: int) -> tuple[Tensor, Tensor]:
+def two_views(generator: torch.Generator, N: int, D: int) -> tuple[Tensor, Tensor]:
     """Random rows and a noisy copy of each: positives have a cosine near 0.7."""
     first = torch.randn(N, D, generator=generator)
     second = first + torch.randn(N, D, generator=generator)
-    return first.to(dtype).requires_grad_(), second.to(dtype).requires_grad_()
+    return first.requires_grad_(), second.requires_grad_()
 
 
-def nt_xent_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, D: int) -> Inputs:
-    out0, out1 = two_views(generator, dtype, N, D)
+def nt_xent_inputs(generator: torch.Generator, N: int, D: int) -> Inputs:
+    out0, out1 = two_views(generator, N, D)
     return {"out0": out0, "out1": out1, "temperature": 0.1}
 
 
-def info_nce_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, D: int) -> Inputs:
-    query, key = two_views(generator, dtype, N, D)
+def info_nce_inputs(generator: torch.Generator, N: int, D: int) -> Inputs:
+    query, key = two_views(generator, N, D)
     return {"query": query, "key": key, "temperature": 0.1}
 
 
-def moco_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, K: int, D: int) -> Inputs:
-    query, key = two_views(generator, dtype, N, D)
+def moco_inputs(generator: torch.Generator, N: int, K: int, D: int) -> Inputs:
+    query, key = two_views(generator, N, D)
     queue = F.normalize(torch.randn(K, D, generator=generator), dim=1)
-    return {"query": query, "key": key.detach(), "queue": queue.to(dtype), "temperature": 0.07}
+    return {"query": query, "key": key.detach(), "queue": queue, "temperature": 0.07}
 
 
-def clip_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, D: int) -> Inputs:
+def clip_inputs(generator: torch.Generator, N: int, D: int) -> Inputs:
     """Rows of norm 1, as a CLIP model hands them over; the scale is a leaf, as a learnable temperature is."""
-    image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in two_views(generator, dtype, N, D))
-    return {"image": image, "text": text, "logit_scale": torch.tensor(1 / 0.07).to(dtype).requires_grad_()}
+    image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in two_views(generator, N, D))
+    return {"image": image, "text": text, "logit_scale": torch.tensor(1 / 0.07, requires_grad=True)}
 
 
-def siglip_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, D: int) -> Inputs:
-    image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in two_views(generator, dtype, N, D))
-    scale, bias = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (10.0, -10.0))
+def siglip_inputs(generator: torch.Generator, N: int, D: int) -> Inputs:
+    image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in two_views(generator, N, D))
+    scale, bias = (torch.tensor(x, requires_grad=True) for x in (10.0, -10.0))
     return {"image": image, "text": text, "logit_scale": scale, "logit_bias": bias}
 
 
-def supcon_inputs(generator: torch.Generator, dtype: torch.dtype, N: int, D: int, classes: int) -> Inputs:
+def supcon_inputs(generator: torch.Generator, N: int, D: int, classes: int) -> Inputs:
     labels = torch.randint(classes, (N,), generator=generator)
     centres = torch.randn(classes, D, generator=generator)
     features = centres[labels] + torch.randn(N, D, generator=generator)
-    return {"features": features.to(dtype).requires_grad_(), "labels": labels, "temperature": 0.1}
+    return {"features": features.requires_grad_(), "labels": labels, "temperature": 0.1}
 
 
 def stacked(inputs: Inputs) -> tuple[Tensor, Tensor]:

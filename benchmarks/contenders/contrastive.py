@@ -247,7 +247,11 @@ CLIP = (
 SIGLIP = (
     Contender("sslkernels", ours_siglip, OURS),
     Contender("open_clip", open_clip_siglip, "open_clip, loss.py, SigLipLoss"),
-    Contender("open_clip-chunked", open_clip_siglip_chunked, "open_clip, loss.py, SigLipLoss(chunk_size=1024)"),
+    Contender(
+        "open_clip-chunked",
+        open_clip_siglip_chunked,
+        "open_clip main branch (after 3.3), loss.py, SigLipLoss(chunk_size=1024)",
+    ),
     Contender("lean", lean_siglip, LEAN),
 )
 SUPCON = (
