@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contrastive ops as the dispatcher calls them: arguments in, dtype chosen, results in the dtypes the schema says.
+#include "cpu/contrastive.h"
+
+namespace sslkernels {
+
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Index = std::optional<i64>;
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+// f(T{}) with the arithmetic type: double if any operand is, else float
+template <typename F>
+auto with_type(const Tensor& q, const Tensor& k, const F& f) {
+  return is_double(q) || is_double(k) ? f(double{}) : f(float{});
+}
+
+template <typename T>
+T value(const Optional& tensor, double number) {
+  if (!tensor) return static_cast<T>(number);
+  T out;
+  Operand<T>(torch::stable::reshape(*tensor, {1, 1})).load(0, 1, &out, T(1));
+  return out;
+}
+
+template <typename T>
+Tensor scalar(double x, bool wanted) {
+  if (!wanted) return empty({0}, kScalar<T>);
+  Tensor out = empty({}, kScalar<T>);
+  *data<T>(out) = static_cast<T>(x);
+  return out;
+}
+
+Tensor cast(const Tensor& x, const Tensor& like) {
+  return x.scalar_type() == like.scalar_type() ? x : torch::stable::to(x, like.scalar_type());
+}
+
+template <typename T>
+Tensor dense(const Tensor& x) {
+  return torch::stable::contiguous(x.scalar_type() == kScalar<T> ? x : torch::stable::to(x, kScalar<T>));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
+    const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale, Index diagonal, Index period,
+    const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
+    std::vector<double> scales, bool columns, bool keep_scores) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    LseResult out =
+        lse_forward<T>(q, k, value<T>(scale_tensor, scale), exclusion, scales, columns, keep_scores, false);
+    return std::make_tuple(out.row, out.col, out.top, out.scores);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
+    const Optional& grad_row, const Optional& grad_col, const Tensor& q, const Tensor& k,
+    const Optional& scale_tensor, double scale, Index diagonal, Index period, const Optional& query_groups,
+    const Optional& key_groups, const Optional& key_mask, bool differ, std::vector<double> scales,
+    const Tensor& row_lse, const Tensor& col_lse, const Tensor& scores, std::vector<bool> mask) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    const Optional row = grad_row ? Optional(dense<T>(*grad_row)) : std::nullopt;
+    const Optional col = grad_col ? Optional(dense<T>(*grad_col)) : std::nullopt;
+    Gradients g = lse_backward<T>(
+        q, k, value<T>(scale_tensor, scale), exclusion, scales,
+        row ? Side<T>{data<T>(row_lse), data<T>(*row)} : Side<T>{},
+        col ? Side<T>{data<T>(col_lse), data<T>(*col)} : Side<T>{}, scores.dim() == 2 ? data<T>(scores) : nullptr,
+        false, mask[0], mask[1], mask[2]);
+    return std::make_tuple(cast(g.q, q), cast(g.k, k), scalar<T>(g.scale, mask[2]));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> self_similarity_logsumexp(const Tensor& z, const Optional& scale_tensor,
+                                                             double scale, Index diagonal, Index period,
+                                                             const Optional& groups, const Optional& key_mask,
+                                                             bool differ, std::vector<double> scales,
+                                                             bool keep_scores) {
+  const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
+  return with_type(z, z, [&](auto zero) {
+    using T = decltype(zero);
+    LseResult out = lse_forward<T>(z, z, value<T>(scale_tensor, scale), exclusion, scales, false, keep_scores, true);
+    return std::make_tuple(out.row, out.top, out.scores);
+  });
+}
+
+std::tuple<Tensor, Tensor> self_similarity_logsumexp_backward(
+    const Tensor& grad, const Tensor& z, const Optional& scale_tensor, double scale, Index diagonal, Index period,
+    const Optional& groups, const Optional& key_mask, bool differ, std::vector<double> scales, const Tensor& lse,
+    const Tensor& scores, std::vector<bool> mask) {
+  const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
+  return with_type(z, z, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor weights = dense<T>(grad);
+    const Side<T> side{data<T>(lse), data<T>(weights)};
+    Gradients g = lse_backward<T>(z, z, value<T>(scale_tensor, scale), exclusion, scales, side, side,
+                                  scores.dim() == 2 ? data<T>(scores) : nullptr, true, mask[0], false, mask[1]);
+    return std::make_tuple(cast(g.q, z), scalar<T>(g.scale, mask[1]));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_row_attention(const Tensor& q, const Tensor& k,
+                                                            const Optional& scale_tensor, double scale, Index diagonal,
+                                                            Index period, const Optional& query_groups,
+                                                            const Optional& key_groups, const Optional& key_mask,
+                                                            bool differ) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    AttentionResult out = attention<T>(q, k, value<T>(scale_tensor, scale), exclusion);
+    return std::make_tuple(out.lse, out.top, out.context);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cross_entropy(
+    const Tensor& q, const Tensor& k, const Tensor& positive, const Optional& weight, double uniform_weight,
+    const Optional& scale_tensor, double scale_number, Index diagonal, Index period, const Optional& query_groups,
+    const Optional& key_groups, const Optional& key_mask, bool differ, bool decoupled, std::vector<bool> mask) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    const i64 n = q.size(0);
+    const bool want_q = mask[0], want_k = mask[1], want_scale = mask[3];
+    const T scale = value<T>(scale_tensor, scale_number);
+    const Tensor positives = dense<T>(positive);
+    const Optional weights = weight ? Optional(dense<T>(*weight)) : std::nullopt;
+    const T *pos = data<T>(positives), *w = weights ? data<T>(*weights) : nullptr;
+    // weight_i d loss_i / d lse_i
+    const auto slope = [&](i64 i, T lse) {
+      const T a = w ? w[i] : static_cast<T>(uniform_weight), margin = lse - pos[i];
+      if (decoupled) return a;
+      const T e = std::exp(-std::abs(margin));
+      return a * (margin > 0 ? 1 / (1 + e) : margin <= 0 ? e / (1 + e) : margin);
+    };
+    Tensor lse, top;
+    Gradients g{empty({0}, kScalar<T>), empty({0}, kScalar<T>), 0};
+    if (!want_q && !want_k && !want_scale) {
+      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, false, false);
+      lse = torch::stable::reshape(out.row, {n}), top = out.top;
+    } else if (!want_k) {
+      AttentionResult out = attention<T>(q, k, scale, exclusion);
+      lse = out.lse, top = out.top;
+      const i64 d = q.size(1);
+      T* context = data<T>(out.context);
+      for (i64 i = 0; i < n; ++i) {
+        const T a = slope(i, data<T>(lse)[i]);
+        tiles<T>().scale_rows(context + i * d, d, context + i * d, d, &a, 1, d);
+      }
+      g.scale = finish(Operand<T>(q), scale, context, want_scale);
+      if (want_q) g.q = out.context;
+    } else if (fits_one_sweep<T>(n, k.size(0))) {
+      OneSweepResult out = one_sweep<T>(q, k, scale, exclusion, want_q, want_k, want_scale, slope);
+      lse = out.lse, top = out.top, g = out.gradients;
+    } else {
+      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, false, false);
+      lse = torch::stable::reshape(out.row, {n}), top = out.top;
+      Buffer<T> slopes(n);
+      for (i64 i = 0; i < n; ++i) slopes[i] = slope(i, data<T>(lse)[i]);
+      g = lse_backward<T>(q, k, scale, exclusion, {1.0}, {data<T>(lse), slopes}, {}, nullptr, false, want_q, want_k,
+                          want_scale);
+    }
+    double loss = 0;
+    Tensor dpositive = empty({mask[2] ? n : 0}, kScalar<T>);
+    for (i64 i = 0; i < n; ++i) {
+      const T total = data<T>(lse)[i], margin = total - pos[i];
+      const T row = decoupled ? margin : std::max(margin, T(0)) + std::log1p(std::exp(-std::abs(margin)));
+      loss += static_cast<double>(w ? w[i] : static_cast<T>(uniform_weight)) * (margin == margin ? row : margin);
+      if (mask[2]) data<T>(dpositive)[i] = -slope(i, total);
+    }
+    return std::make_tuple(scalar<T>(loss, true), lse, top, g.q, g.k, dpositive, scalar<T>(g.scale, want_scale));
+  });
+}
+
+template <typename T>
+struct SoftplusResult {
+  Tensor rows;
+  Gradients gradients;
+  double bias = 0;
+};
+
+// Row sums, and with `weight` (N) also the gradients of sum_i weight_i row_i, in one sweep.
+template <typename T>
+SoftplusResult<T> softplus_sweep(const Tensor& q, const Tensor& k, T scale, T bias, const Exclusion& exclusion,
+                                 const T* weight, const std::vector<bool>& mask) {
+  Sweep<T> s(q, k, scale, exclusion, false);
+  SoftplusResult<T> out{empty({s.n}, kScalar<T>), gradient_tensors(s, mask[0], mask[1], mask[2])};
+  T* u_q = out.gradients.q.dim() == 2 ? data<T>(out.gradients.q) : nullptr;
+  Products<T> products(s, u_q, mask[1] ? data<T>(out.gradients.k) : nullptr);
+  const i64 r = s.panel_rows;
+  Buffer<T> sums(s.threads * r), totals(s.threads * r);
+  T* rows_out = data<T>(out.rows);
+  for (i64 p = 0; p < s.panels(); ++p) {
+    const Range rows = s.panel(p);
+    s.enter(rows);
+    run(s.threads, [&](i64 t) {
+      T *sum = sums + t * r, *total = totals + t * r, *tile = s.score_tile(t);
+      std::fill_n(sum, r, T(0));
+      std::fill_n(total, r, T(0));
+      s.for_tiles(rows, t, [&](Range cols) {
+        const View<T> key = s.keys(t, cols);
+        s.scores(rows, cols, key, tile, s.tile_cols);
+        if (weight) {
+          s.tile.softplus_weights(tile, s.tile_cols, rows.size(), cols.size(), bias, weight + rows.begin, sum, total);
+          products.add(t, rows, cols, tile, s.tile_cols, key, s.queries(rows));
+        } else {
+          s.tile.softplus(tile, s.tile_cols, rows.size(), cols.size(), bias, sum);
+        }
+      }, [&](Range cols) { products.skip(rows, cols); });
+    });
+    for (i64 i = 0; i < rows.size(); ++i) {
+      T sum = 0;
+      for (i64 t = 0; t < s.threads; ++t) {
+        sum += sums[t * r + i];
+        out.bias += totals[t * r + i];
+      }
+      rows_out[rows.begin + i] = sum;
+    }
+    if (weight) products.leave(rows);
+  }
+  if (weight) finish_gradients(s, scale, mask[0], mask[1], mask[2], &out.gradients);
+  return out;
+}
+
+Tensor similarity_softplus(const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale,
+                           const Optional& bias_tensor, double bias, Index diagonal, Index period,
+                           const Optional& query_groups, const Optional& key_groups, const Optional& key_mask,
+                           bool differ) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    return softplus_sweep<T>(q, k, value<T>(scale_tensor, scale), value<T>(bias_tensor, bias), exclusion, nullptr,
+                             {false, false, false, false})
+        .rows;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_softplus_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale,
+    const Optional& bias_tensor, double bias, Index diagonal, Index period, const Optional& query_groups,
+    const Optional& key_groups, const Optional& key_mask, bool differ, std::vector<bool> mask) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor weights = dense<T>(grad);
+    auto out = softplus_sweep<T>(q, k, value<T>(scale_tensor, scale), value<T>(bias_tensor, bias), exclusion,
+                                 data<T>(weights), mask);
+    return std::make_tuple(cast(out.gradients.q, q), cast(out.gradients.k, k),
+                           scalar<T>(out.gradients.scale, mask[2]), scalar<T>(out.bias, mask[3]));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_softplus_sum(
+    const Tensor& q, const Tensor& k, const Optional& weight, double uniform_weight, const Optional& scale_tensor,
+    double scale, const Optional& bias_tensor, double bias, Index diagonal, Index period,
+    const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
+    std::vector<bool> mask) {
+  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
+  return with_type(q, k, [&](auto zero) {
+    using T = decltype(zero);
+    const i64 n = q.size(0);
+    const Tensor weights = weight ? dense<T>(*weight) : empty({n}, kScalar<T>);
+    if (!weight) std::fill_n(data<T>(weights), n, static_cast<T>(uniform_weight));
+    const bool wanted = mask[0] || mask[1] || mask[2] || mask[3];
+    auto out = softplus_sweep<T>(q, k, value<T>(scale_tensor, scale), value<T>(bias_tensor, bias), exclusion,
+                                 wanted ? data<T>(weights) : nullptr, mask);
+    double loss = 0;
+    for (i64 i = 0; i < n; ++i) loss += static_cast<double>(data<T>(weights)[i]) * data<T>(out.rows)[i];
+    return std::make_tuple(scalar<T>(loss, true), out.gradients.q, out.gradients.k,
+                           scalar<T>(out.gradients.scale, mask[2]), scalar<T>(out.bias, mask[3]));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, library) {
+  library.impl("similarity_logsumexp", TORCH_BOX(&similarity_logsumexp));
+  library.impl("similarity_logsumexp_backward", TORCH_BOX(&similarity_logsumexp_backward));
+  library.impl("self_similarity_logsumexp", TORCH_BOX(&self_similarity_logsumexp));
+  library.impl("self_similarity_logsumexp_backward", TORCH_BOX(&self_similarity_logsumexp_backward));
+  library.impl("similarity_row_attention", TORCH_BOX(&similarity_row_attention));
+  library.impl("similarity_cross_entropy", TORCH_BOX(&similarity_cross_entropy));
+  library.impl("similarity_softplus", TORCH_BOX(&similarity_softplus));
+  library.impl("similarity_softplus_backward", TORCH_BOX(&similarity_softplus_backward));
+  library.impl("similarity_softplus_sum", TORCH_BOX(&similarity_softplus_sum));
+}
+
+}  // namespace sslkernels

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies of tiles.h. Included once for each instruction set, inside a namespace of its own; no include of its own.
+
+#define LEAF static __attribute__((noinline))
+#define INLINE static inline __attribute__((always_inline))
+
+template <typename To, typename From>
+INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// exp(x), zero below about exp(-70) (double: exp(-690)): far under the rounding of any sum it enters, and it keeps
+// denormals, on which multiplications stall, out of the matrix products. ln 2 comes in two parts, so that the reduced
+// argument keeps its last bits. Relative error below 2e-7 (double: 4e-16).
+INLINE float exp_(float x) {
+  const float y = x * 1.44269504f;
+  const float t = y + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(y)
+  const float n = t - 12582912.0f;
+  const float r = (x - n * 6.93359375e-01f) + n * 2.12194440e-04f;
+  float p = 1.383683574e-3f;
+  p = p * r + 8.374824031e-3f;
+  p = p * r + 4.166822619e-2f;
+  p = p * r + 1.666642007e-1f;
+  p = p * r + 4.999999208e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float e = p * bits<float>((bits<uint32_t>(t) - 0x4B400000u + 127u) << 23);
+  return y < -101.0f ? 0.0f : e;
+}
+
+INLINE double exp_(double x) {
+  const double y = x * 1.4426950408889634;
+  const double t = y + 6755399441055744.0;  // 1.5 * 2^52
+  const double n = t - 6755399441055744.0;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double p = 2.499430327381439512e-8;
+  p = p * r + 2.763230817489448582e-7;
+  p = p * r + 2.755762262047198039e-6;
+  p = p * r + 2.480148648643140087e-5;
+  p = p * r + 1.984126943247048834e-4;
+  p = p * r + 1.388888895126104161e-3;
+  p = p * r + 8.333333333559433932e-3;
+  p = p * r + 4.166666666649262968e-2;
+  p = p * r + 1.66666666666661682e-1;
+  p = p * r + 5.000000000000017703e-1;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const double e = p * bits<double>((bits<uint64_t>(t) - 0x4338000000000000ull + 1023u) << 52);
+  return y < -1000.0 ? 0.0 : e;
+}
+
+// log(1 + e) for e in [0, 1], relatively exact for small e: 2 atanh(u) with u = e / (2 + e), a polynomial in u^2
+INLINE float log1p_(float u) {
+  const float v = u * u;
+  float p = 1.22065339e-1f;
+  p = p * v + 1.06966253e-1f;
+  p = p * v + 1.43103612e-1f;
+  p = p * v + 1.99993455e-1f;
+  p = p * v + 3.33333397e-1f;
+  p = p * v + 1.0f;
+  return 2.0f * u * p;
+}
+
+INLINE double log1p_(double u) {
+  const double v = u * u;
+  double p = 8.044030768487919504e-2;
+  p = p * v + 2.887544503882218869e-2;
+  p = p * v + 5.050596095558247268e-2;
+  p = p * v + 5.227222172704377873e-2;
+  p = p * v + 5.885335973323093447e-2;
+  p = p * v + 6.666497889545577445e-2;
+  p = p * v + 7.692314198056124072e-2;
+  p = p * v + 9.090908919623401797e-2;
+  p = p * v + 1.111111111387327378e-1;
+  p = p * v + 1.42857142856872233e-1;
+  p = p * v + 2.00000000000001376e-1;
+  p = p * v + 3.333333333333333306e-1;
+  p = p * v + 1.0;
+  return 2.0 * u * p;
+}
+
+template <typename T>
+INLINE T finite_ref(T m) {
+  return m == -std::numeric_limits<T>::infinity() ? T(0) : m;
+}
+
+template <typename T>
+LEAF void exclude_groups(T* s, i64 ld, i64 rows, i64 cols, const int32_t* row_group, const int32_t* col_group,
+                         bool differ) {
+  const T none = -std::numeric_limits<T>::infinity();
+  for (i64 i = 0; i < rows; ++i) {
+    T* row = s + i * ld;
+    const int32_t group = row_group[i];
+    if (differ) {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) row[j] = col_group[j] != group ? none : row[j];
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) row[j] = col_group[j] == group ? none : row[j];
+    }
+  }
+}
+
+template <typename T>
+LEAF void exclude_columns(T* s, i64 ld, i64 rows, i64 cols, const uint8_t* keep) {
+  for (i64 i = 0; i < rows; ++i) {
+    T* row = s + i * ld;
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) row[j] = keep[j] ? row[j] : -std::numeric_limits<T>::infinity();
+  }
+}
+
+template <typename T>
+LEAF void maxima(const T* s, i64 ld, i64 rows, i64 cols, T* row_max, T* col_max) {
+  if (col_max) {
+    for (i64 j = 0; j < cols; ++j) col_max[j] = -std::numeric_limits<T>::infinity();
+  }
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    T m = -std::numeric_limits<T>::infinity();
+    if (col_max) {
+#pragma omp simd reduction(max : m)
+      for (i64 j = 0; j < cols; ++j) {
+        const T x = row[j];
+        m = x > m ? x : m;
+        col_max[j] = x > col_max[j] ? x : col_max[j];
+      }
+    } else {
+#pragma omp simd reduction(max : m)
+      for (i64 j = 0; j < cols; ++j) m = row[j] > m ? row[j] : m;
+    }
+    row_max[i] = m;
+  }
+}
+
+template <typename T>
+LEAF void sum_exp(const T* s, i64 ld, i64 rows, i64 cols, T beta, T ref, T* row_sum, T* col_sum) {
+  ref = finite_ref(ref);
+  for (i64 j = 0; j < cols; ++j) col_sum[j] = 0;
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < cols; ++j) {
+      const T e = exp_((row[j] - ref) * beta);
+      sum += e;
+      col_sum[j] += e;
+    }
+    row_sum[i] = sum;
+  }
+}
+
+template <typename T>
+LEAF void sum_exp_rows(const T* s, i64 ld, i64 rows, i64 cols, T beta, const T* ref, T* row_sum) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    const T m = finite_ref(ref[i]);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < cols; ++j) sum += exp_((row[j] - m) * beta);
+    row_sum[i] = sum;
+  }
+}
+
+template <typename T>
+LEAF void sum_exp_cols(const T* s, i64 ld, i64 rows, i64 cols, T beta, const T* ref, T* col_sum) {
+  for (i64 j = 0; j < cols; ++j) col_sum[j] = 0;
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) col_sum[j] += exp_((row[j] - finite_ref(ref[j])) * beta);
+  }
+}
+
+template <typename T>
+LEAF void exp_rows(T* s, i64 ld, i64 rows, i64 cols, const T* ref, T* row_sum) {
+  for (i64 i = 0; i < rows; ++i) {
+    T* row = s + i * ld;
+    const T m = finite_ref(ref[i]);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < cols; ++j) {
+      const T e = exp_(row[j] - m);
+      row[j] = e;
+      sum += e;
+    }
+    row_sum[i] += sum;
+  }
+}
+
+template <typename T>
+LEAF void merge(i64 n, T* max, T* sum, const T* tile_max, const T* tile_sum) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) {
+    const T m = tile_max[i] > max[i] ? tile_max[i] : max[i];
+    const T ref = finite_ref(m);
+    sum[i] = sum[i] * exp_(max[i] - ref) + tile_sum[i] * exp_(tile_max[i] - ref);
+    max[i] = m;
+  }
+}
+
+template <typename T>
+LEAF void factors(i64 n, T ref, const T* lse, const T* weight, T weight_scale, T* out) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) {
+    const T e = weight[i] * weight_scale * exp_(ref - lse[i]);
+    out[i] = lse[i] == -std::numeric_limits<T>::infinity() ? T(0) : e;
+  }
+}
+
+template <typename T>
+LEAF void weights(const T* s, i64 ld, T* w, i64 ldw, i64 rows, i64 cols, T beta, T ref, const T* row_factor,
+                  const T* col_factor, bool add) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    T* out = w + i * ldw;
+    const T a = row_factor[i];
+    if (add) {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) out[j] += exp_(row[j] * beta - ref) * (a + col_factor[j]);
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) out[j] = exp_(row[j] * beta - ref) * (a + col_factor[j]);
+    }
+  }
+}
+
+template <typename T>
+LEAF void weights_wide(const T* s, i64 ld, T* w, i64 ldw, i64 rows, i64 cols, T beta, const T* row_ref,
+                       const T* row_factor, const T* col_ref, const T* col_factor, bool add) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    T* out = w + i * ldw;
+    if (!add) {
+      for (i64 j = 0; j < cols; ++j) out[j] = 0;
+    }
+    if (row_factor) {
+      const T a = row_factor[i], m = finite_ref(row_ref[i]);
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) out[j] += a * exp_(row[j] * beta - m);
+    }
+    if (col_factor) {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) out[j] += col_factor[j] * exp_(row[j] * beta - finite_ref(col_ref[j]));
+    }
+  }
+}
+
+template <typename T>
+LEAF void softplus(const T* s, i64 ld, i64 rows, i64 cols, T bias, T* row_sum) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = s + i * ld;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < cols; ++j) {
+      const T x = row[j] + bias;
+      const T e = exp_(x > 0 ? -x : x);
+      sum += (x > 0 ? x : T(0)) + log1p_(e / (2 + e));
+    }
+    row_sum[i] += sum;
+  }
+}
+
+template <typename T>
+LEAF void softplus_weights(T* s, i64 ld, i64 rows, i64 cols, T bias, const T* weight, T* row_sum, T* weight_sum) {
+  for (i64 i = 0; i < rows; ++i) {
+    T* row = s + i * ld;
+    const T a = weight[i];
+    T sum = 0, total = 0;
+#pragma omp simd reduction(+ : sum, total)
+    for (i64 j = 0; j < cols; ++j) {
+      const T x = row[j] + bias;
+      const T e = exp_(x > 0 ? -x : x);
+      const T inverse = 1 / ((1 + e) * (2 + e));  // one division for both quotients
+      sum += (x > 0 ? x : T(0)) + log1p_(e * (1 + e) * inverse);
+      const T w = a * (x > 0 ? T(1) : e) * (2 + e) * inverse;
+      row[j] = w;
+      total += w;
+    }
+    row_sum[i] += sum;
+    weight_sum[i] += total;
+  }
+}
+
+template <typename T>
+LEAF void add(T* dst, i64 ldd, const T* src, i64 lds, i64 rows, i64 cols) {
+  for (i64 i = 0; i < rows; ++i) {
+    T* d = dst + i * ldd;
+    const T* x = src + i * lds;
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) d[j] += x[j];
+  }
+}
+
+template <typename T>
+LEAF void scale_rows(T* dst, i64 ldd, const T* src, i64 lds, const T* factor, i64 rows, i64 cols) {
+  for (i64 i = 0; i < rows; ++i) {
+    T* d = dst + i * ldd;
+    const T* x = src + i * lds;
+    const T a = factor[i];
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) d[j] = a * x[j];
+  }
+}
+
+template <typename T>
+LEAF T dot(const T* a, const T* b, i64 n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (i64 j = 0; j < n; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+template <typename T>
+LEAF void axpy(T* y, T a, const T* x, i64 n) {
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) y[j] += a * x[j];
+}
+
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+
+struct BFloat16 {
+  uint16_t x;
+};
+struct Half {
+  uint16_t x;
+};
+
+INLINE float widen(BFloat16 h) { return bits<float>(uint32_t(h.x) << 16); }
+
+// Integer form of half to float: it vectorises without F16C. The product rescales the exponent, denormals included.
+INLINE float widen(Half h) {
+  const uint32_t magnitude = uint32_t(h.x & 0x7fff) << 13;
+  const float value = bits<float>(magnitude) * bits<float>(uint32_t(254 - 15) << 23);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bits<float>(bits<uint32_t>(value) | special | (uint32_t(h.x & 0x8000) << 16));
+}
+
+template <typename S, typename T>
+INLINE void load_as(const void* data, i64 row_stride, i64 col_stride, T* dst, i64 rows, i64 cols, T factor) {
+  const S* src = static_cast<const S*>(data);
+  for (i64 i = 0; i < rows; ++i) {
+    const S* row = src + i * row_stride;
+    T* out = dst + i * cols;
+    if (col_stride == 1) {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) out[j] = factor * T(widen(row[j]));
+    } else {
+      for (i64 j = 0; j < cols; ++j) out[j] = factor * T(widen(row[j * col_stride]));
+    }
+  }
+}
+
+template <typename T>
+LEAF void load(const void* src, Dtype dtype, i64 row_stride, i64 col_stride, T* dst, i64 rows, i64 cols, T factor) {
+  switch (dtype) {
+    case Dtype::kFloat: return load_as<float>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kDouble: return load_as<double>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kBFloat16: return load_as<BFloat16>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kHalf: return load_as<Half>(src, row_stride, col_stride, dst, rows, cols, factor);
+  }
+}
+
+template <typename T>
+LEAF void exp_all(const T* x, T* out, i64 n) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) out[i] = exp_(x[i]);
+}
+
+template <typename T>
+constexpr Tiles<T> table() {
+  return {exclude_groups<T>, exclude_columns<T>, maxima<T>,       sum_exp<T>,      sum_exp_rows<T>,
+          sum_exp_cols<T>,   exp_rows<T>,        merge<T>,  factors<T>,      weights<T>,      weights_wide<T>,
+          softplus<T>,       softplus_weights<T>, add<T>,          scale_rows<T>,   dot<T>,
+          axpy<T>,           load<T>,            exp_all<T>};
+}
+
+#undef LEAF
+#undef INLINE
