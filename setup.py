@@ -29,8 +29,8 @@ MINIMUM_TORCH = (2, 11)
 TARGET = f"0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"  # the stable ABI of that release, no newer
 # -fno-math-errno and -fno-trapping-math let loops vectorise and change no value; -ffast-math would change many.
 CXX_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-HIDDEN = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("SSLKERNELS_WERROR") == "1" else [])]
+STRICT = os.environ.get("SSLKERNELS_WERROR") == "1"
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", *["-Werror"] * STRICT]
 LINKER = ["--as-needed", "--no-undefined", "--exclude-libs=ALL"]
 CUDA_ARCHITECTURES = (80, 90, 100)
 # What csrc/cuda takes from libtorch_cuda.so, which a CPU-only torch lacks: it is linked with a stub of that name.
@@ -39,9 +39,7 @@ NOTES: list[str] = []
 
 
 class Step(NamedTuple):
-    """One compiler call; "link" waits for every "compile"."""
-
-    kind: str
+    kind: str  # "compile", or "link", which waits for every "compile"
     output: Path
     inputs: list[Path]
     command: list[str]
@@ -60,12 +58,8 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
 
 
-def find_ninja() -> str | None:
-    if importlib.util.find_spec("ninja"):  # a pip-installed ninja may lie outside PATH
-        import ninja
-
-        return str(Path(ninja.BIN_DIR, "ninja"))
-    return shutil.which("ninja")
+def find_ninja() -> str | None:  # the scripts directory of a virtual environment that is not activated is not on PATH
+    return shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
 
 
 def find_torch() -> Path:
@@ -113,9 +107,9 @@ def cuda_tools(nvcc: str, compiler: list[str]) -> tuple[list[str], list[str], St
     chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     codes.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")  # PTX, for what comes later
-    strict = ["-Werror=all-warnings"] if "-Werror" in WARNINGS else []
     base = [nvcc, "-ccbin", compiler[0]]
-    compile_ = [*base, "-DUSE_CUDA", *codes, "--threads=0", *strict, f"-Xcompiler={','.join(WARNINGS + HIDDEN)}", "-MD"]
+    compile_ = [*base, "-DUSE_CUDA", *codes, "--threads=0", "-MD", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+    compile_ += ["-Werror=all-warnings"] * STRICT
     stub, source = BUILD / "stub/libtorch_cuda.so", BUILD / "stub/libtorch_cuda.c"
     write_if_changed(source, "".join(f"void {name}(void) {{}}\n" for name in CUDA_SHIM))
     command = [*compiler, "-shared", "-fPIC", "-x", "c", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)]
@@ -130,7 +124,7 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
         compile_, link, stub = cuda_tools(find_nvcc() or "nvcc", compiler)
         steps.append(stub)
     else:
-        compile_ = [*compiler, *CXX_FLAGS, *HIDDEN, *WARNINGS, "-MMD"]
+        compile_ = [*compiler, *CXX_FLAGS, *HOST_FLAGS, "-MMD"]
         # libstdc++ first: torch's libraries export copies of its templates, which must not become dependencies.
         link = [*compiler, "-shared", *(f"-Wl,{flag}" for flag in LINKER), "-lstdc++"]
     headers = ["-Icsrc", "-isystem", f"{torch}/include"]
@@ -201,8 +195,6 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]  # any Python: the libraries have no Python symbol
 
 
-os.chdir(Path(__file__).resolve().parent)
 setup(
-    ext_modules=choose_libraries(),
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": Wheel},
+    ext_modules=choose_libraries(), cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": Wheel}
 )

@@ -17,7 +17,7 @@
 
 namespace sslkernels {
 
-constexpr int64_t kChunk = 4096;                  // elements of one tensor that one block updates
+constexpr int64_t kChunk = 4096;                 // elements of one tensor that one block updates
 constexpr int64_t kMaxBlocks = (1LL << 31) - 1;  // of one launch: CUDA's limit on gridDim.x
 
 inline int64_t blocks_for(int64_t numel) {
@@ -39,8 +39,8 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& numels, siz
     if (blocks > kMaxBlocks) {
       throw std::length_error("a tensor needs more thread blocks than one launch has");
     }
-    const bool full = launches.empty() || i - launches.back().begin == capacity ||
-                      launches.back().blocks + blocks > kMaxBlocks;
+    const bool full =
+        launches.empty() || i - launches.back().begin == capacity || launches.back().blocks + blocks > kMaxBlocks;
     if (full) {
       launches.push_back({i, i, 0});
     }

@@ -25,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kWidth = 4;                                              // elements of one vector load
+constexpr int kWidth = 4;                                                // elements of one vector load
 constexpr int kUnroll = static_cast<int>(kChunk) / (kThreads * kWidth);  // loads in flight of one thread
 
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
@@ -59,10 +59,18 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Vector {
   T values[kWidth];
 };
 
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline double widen(double x) {
+  return x;
+}
+__device__ inline float widen(float x) {
+  return x;
+}
+__device__ inline float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline float widen(__half x) {
+  return __half2float(x);
+}
 
 template <typename T, typename Real>
 __device__ inline T narrow(Real x) {
@@ -115,7 +123,8 @@ __device__ void update(T* target, const S* __restrict__ source, int count, doubl
 }
 
 template <typename T>
-__device__ void update_from(T* target, const void* source, Type source_type, int64_t begin, int count, double momentum) {
+__device__ void update_from(T* target, const void* source, Type source_type, int64_t begin, int count,
+                            double momentum) {
   switch (source_type) {
     case Type::float32:
       return update(target + begin, static_cast<const float*>(source) + begin, count, momentum);
@@ -177,7 +186,8 @@ std::vector<int64_t> listed(torch::headeronly::IntHeaderOnlyArrayRef values) {
 
 void check_pair(const Tensor& target, const Tensor& source, int64_t index, int32_t device) {
   const auto sizes = listed(target.sizes()), strides = listed(target.strides());
-  STD_TORCH_CHECK(sizes == listed(source.sizes()), "ema_update_: sources[", index, "] has another shape than its target");
+  STD_TORCH_CHECK(sizes == listed(source.sizes()), "ema_update_: sources[", index,
+                  "] has another shape than its target");
   STD_TORCH_CHECK(is_dense(sizes, strides) && strides == listed(source.strides()), "ema_update_: targets[", index,
                   "] must be dense, and its source must have the same strides");
   STD_TORCH_CHECK(target.is_cuda() && source.is_cuda() && target.get_device_index() == device &&
