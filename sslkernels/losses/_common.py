@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contrastive losses share: checks, normalisation, reweighted negatives, reduction, statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels import _checks as check
+
+
+def check_pair(sample_weight: Tensor | None = None, **tensors: Any) -> None:
+    """Two (N, D) floating tensors of one shape, N > 0, and one weight per row."""
+    check.features(**tensors)
+    (first_name, first), (name, x) = tensors.items()
+    if x.shape != first.shape:
+        raise ValueError(f"{name} must have the shape of {first_name} {tuple(first.shape)}, got {tuple(x.shape)}")
+    check.not_empty(first_name, first)
+    check_weight(sample_weight, first)
+
+
+def check_weight(sample_weight: Tensor | None, features: Tensor) -> None:
+    if sample_weight is not None:
+        check.tensor("sample_weight", sample_weight)
+        check.vector("sample_weight", sample_weight, features.shape[0], features, (torch.float32, torch.float64))
+
+
+def check_options(
+    reduction: str = "mean", label_smoothing: float = 0.0, beta: float = 0.0, tau_plus: float = 0.0
+) -> None:
+    check.choice("reduction", reduction, ("mean", "sum", "none"))
+    check.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check.in_range("beta", beta, 0.0, math.inf)
+    check.in_range("tau_plus", tau_plus, 0.0, 1.0)
+    if label_smoothing and (beta or tau_plus):
+        raise ValueError(
+            "label_smoothing is not defined with reweighted negatives, got "
+            f"label_smoothing {label_smoothing}, beta {beta}, tau_plus {tau_plus}"
+        )
+
+
+def inverse(temperature: Tensor | float, like: Tensor) -> Tensor | float:
+    """1 / temperature, a number for a number and a 0-D tensor for a tensor."""
+    check.number("temperature", temperature, like)
+    check.positive("temperature", temperature)
+    return temperature.reshape(()).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def scalar(name: str, x: Tensor | float, like: Tensor) -> Tensor | float:
+    """A number, or a tensor of one element as a 0-D one, which does not widen what it multiplies."""
+    check.number(name, x, like)
+    return x.reshape(()) if isinstance(x, Tensor) else float(x)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Unit rows; a 16-bit row is normalised in float32 and rounded once."""
+    if x.dtype in (torch.float32, torch.float64):
+        return F.normalize(x, dim=-1)
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> in float32, or float64 if either is."""
+    return (wide(a) * wide(b)).sum(-1)
+
+
+def softplus(x: Tensor) -> Tensor:
+    # torch's default threshold of 20 is an error of 1e-10 in float64
+    return F.softplus(x, threshold=80.0)
+
+
+def negatives(lse: Tensor, positive: Tensor, count: int, scale: Tensor | float, beta: float, tau_plus: float) -> Tensor:
+    """Log of the negatives' weight in the denominator, log(count * g), from their log-sum-exps at scales 1+beta, beta.
+
+        g = sum_j e^{(1+beta) s_j} / sum_j e^{beta s_j}                       negatives weighted by e^{beta s}
+        g = max((g - tau_plus e^{positive}) / (1 - tau_plus), e^{-scale})     without the false ones among them
+
+    Source: Robinson et al. 2021, eq. 4 and their `main.py::criterion`; Chuang et al. 2020, eq. 7 and 8.
+    """
+    if not (beta or tau_plus):
+        return lse
+    log_count = math.log(count)
+    log_g = lse[0] - lse[1] if beta else lse - log_count
+    if tau_plus:
+        share = math.log(tau_plus) + positive - log_g  # log of the part of g to take away
+        legal = share < 0
+        rest = log_g + torch.log1p(-torch.exp(share.where(legal, share.new_tensor(-1.0)))) - math.log1p(-tau_plus)
+        floor = -scale * torch.ones_like(rest)
+        log_g = torch.where(legal & (rest > floor), rest, floor)
+    return log_g + log_count
+
+
+def reduce(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+    """rows: (N,) or (views, N), where both views of a sample have its weight (N,).
+
+    mean: sum of weighted rows / sum of their weights, as torch's cross_entropy does; sum: without the division;
+    none: the weighted rows.
+    """
+    if weight is not None:
+        weight = weight.to(rows.dtype)
+        if reduction == "mean":
+            return (rows * weight).sum() / (weight.sum() * (rows.numel() // weight.numel()))
+        rows = rows * weight
+    if reduction == "none":
+        return rows.flatten()
+    return rows.mean() if reduction == "mean" else rows.sum()
+
+
+def row_weight(count: int, reduction: str, weight: Tensor | None) -> Tensor | float:
+    """The constants w_i of `sum_i w_i rows_i` that are `reduce(rows, reduction, weight)`."""
+    if weight is None:
+        return 1.0 / count if reduction == "mean" else 1.0
+    return weight / weight.sum() if reduction == "mean" else weight
+
+
+def one_sweep(reduction: str, weight: Tensor | None) -> bool:
+    """Whether the row weights are constants that are known in the forward."""
+    return reduction != "none" and not (weight is not None and weight.requires_grad)
+
+
+@torch.no_grad()
+def statistics(positive: Tensor, hardest: Tensor) -> dict[str, Tensor]:
+    """Share of rows whose positive beats every negative, mean positive logit, mean logit of the hardest negative."""
+    return {
+        "top1": (positive > hardest).to(hardest.dtype).mean(),
+        "positive": positive.mean(),
+        "hardest_negative": hardest.mean(),
+    }

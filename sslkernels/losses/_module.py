@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loss modules share: their options, and what their repr says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels.losses import _common as common
+
+
+class Loss(nn.Module):
+    def __init__(self, temperature: nn.Parameter | float | None = None, **options: Any) -> None:
+        super().__init__()
+        if temperature is not None:
+            if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+                raise TypeError("temperature must be a number, or an nn.Parameter to be learned, got a plain tensor")
+            check.positive("temperature", temperature)
+            self.temperature = temperature
+        known = ("reduction", "label_smoothing", "beta", "tau_plus")
+        common.check_options(**{name: x for name, x in options.items() if name in known})
+        self.options = options
+
+    def extra_repr(self) -> str:
+        shown = dict(self.options)
+        if hasattr(self, "temperature"):
+            learned = isinstance(self.temperature, Tensor)
+            shown = {"temperature": "learned" if learned else self.temperature, **shown}
+        return ", ".join(f"{name}={x}" for name, x in shown.items())
+
+
+def refuse_gather(gather_distributed: bool) -> None:
+    if gather_distributed:
+        raise NotImplementedError("gather_distributed=True is not supported: negatives are those of the own process")
+
+
+class ImageTextLoss(Loss):
+    function: Callable[..., Any]
+
+    def __init__(self, *, reduction: str = "mean", label_smoothing: float = 0.0) -> None:
+        super().__init__(reduction=reduction, label_smoothing=label_smoothing)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        result = type(self).function(image_features, text_features, logit_scale, logit_bias, **call)
+        if not output_dict:
+            return result
+        loss, *stats = result if return_stats else (result,)
+        return ({"contrastive_loss": loss}, *stats) if return_stats else {"contrastive_loss": loss}

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses between two sets of features, paired by position: InfoNCE, CLIP, SigLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels import _checks as check
+from sslkernels._autocast import cast_features
+from sslkernels.losses import _common as common
+from sslkernels.ops import contrastive as ops
+from sslkernels.ops.contrastive import Exclude
+
+OTHERS = Exclude(diagonal=0)
+ALL = Exclude()
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: Tensor | float = 0.1,
+    *,
+    in_batch: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    beta: float = 0.0,
+    tau_plus: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """InfoNCE, one direction: each query finds its key.
+
+        q, k, n = unit rows of query, positive_key, negative_keys
+        loss_i = -log(exp(<q_i, k_i> / T) / (exp(<q_i, k_i> / T) + sum over its negatives of exp(<q_i, n> / T)))
+        negatives of i: the other rows of positive_key        without negative_keys
+                        negative_keys                         (M, D), shared: MoCo's queue
+                        negative_keys[i]                      (N, M, D), its own
+        loss = mean of the rows
+
+    Keys that need no gradient cost one sweep and are not kept: a queue given as `negative_keys` may be overwritten
+    before backward.
+
+    Source: van den Oord et al. 2018, eq. 4; He et al. 2020, eq. 1.
+
+    Args:
+        query, positive_key: (N, D), paired by position.
+        negative_keys: (M, D) or (N, M, D), M > 0.
+        temperature: number or tensor of one element, which then gets its gradient.
+        in_batch: with negative_keys, the other rows of positive_key are negatives too.
+        normalize: False takes all features as they are: unit rows already (MoCo's queue, no copy of it is made), or
+            plain dot products (CPC).
+        reduction: "mean", "sum" or "none": (N,).
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, over the positive and all negatives.
+        beta: weight negatives by exp(beta * s) (Robinson et al. 2021, "hard negatives").
+        tau_plus: expected share of false negatives, taken out of the denominator (Chuang et al. 2020, "debiased");
+            for unit rows.
+        sample_weight: (N,); the mean is divided by the sum of the weights.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits).
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
+            range.
+
+    Example:
+        >>> query, key, queue = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), torch.randn(64, 16)
+        >>> info_nce(query, key, queue, temperature=0.07).backward()
+    """
+    common.check_pair(sample_weight, query=query, positive_key=positive_key)
+    common.check_options(reduction, label_smoothing, beta, tau_plus)
+    _check_negatives(query, negative_keys)
+    n, scale = query.shape[0], common.inverse(temperature, query)
+    in_batch = in_batch or negative_keys is None
+    features = [x for x in (query, positive_key, negative_keys) if x is not None]
+    if normalize:
+        features = [common.normalize(x) for x in features]
+    q, k, *rest = cast_features(*features)
+    positive = common.row_dot(q, k) * scale
+    count = (n - 1 if in_batch else 0) + (negative_keys.shape[-2] if negative_keys is not None else 0)
+    if not count and (beta or tau_plus):
+        raise ValueError(f"query must have at least two samples for beta or tau_plus, got shape {tuple(query.shape)}")
+
+    shared = not rest or (rest[0].ndim == 2 and not in_batch)
+    if shared and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
+        weight = common.row_weight(n, reduction, sample_weight)
+        keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)
+        loss, _, top = ops.similarity_cross_entropy(q, keys, positive, scale, weight=weight, exclude=pairs)
+    else:
+        parts = [_log_sum(q, k, scale, OTHERS, beta)] if in_batch else []
+        parts += [_log_sum(q, x, scale, ALL, beta) for x in rest]
+        lse, top = parts[0]
+        for lse_part, top_part in parts[1:]:
+            lse, top = torch.logaddexp(lse, lse_part), torch.maximum(top, top_part)
+        lse = common.negatives(lse, positive, count, scale, beta, tau_plus)
+        loss = common.reduce(common.softplus(lse - positive), reduction, sample_weight)
+    if label_smoothing:
+        total = common.wide(k).sum(0) if in_batch else 0.0
+        for x in rest:
+            total = total + common.wide(x).sum(-2)
+        candidates = (q * total).sum(-1) * scale + (0.0 if in_batch else positive)
+        excess = positive - candidates / (count + 1)
+        loss = loss + label_smoothing * common.reduce(excess, reduction, sample_weight)
+    return (loss, common.statistics(positive, top)) if return_stats else loss
+
+
+def _check_negatives(query: Tensor, negative_keys: Tensor | None) -> None:
+    if negative_keys is None:
+        return
+    check.tensor("negative_keys", negative_keys)
+    if negative_keys.ndim not in (2, 3):
+        raise ValueError(f"negative_keys must be (M, D) or (N, M, D), got shape {tuple(negative_keys.shape)}")
+    if negative_keys.ndim == 3 and negative_keys.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"negative_keys must have as many rows as query ({query.shape[0]}), got shape {tuple(negative_keys.shape)}"
+        )
+    check.features(query=query, negative_keys=negative_keys.flatten(0, -2))
+    if negative_keys.shape[-2] == 0:
+        raise ValueError(f"negative_keys must not be empty, got shape {tuple(negative_keys.shape)}")
+
+
+def _log_sum(q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: float) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each query's negatives, (N,), or (2, N) at scales 1 + beta and beta; and the largest logit."""
+    multipliers = (1.0 + beta, beta) if beta else (1.0,)
+    if k.ndim == 3:
+        flat = k.flatten(0, 1)  # (N * M, D)
+        own = torch.arange(flat.shape[0], device=k.device).view(k.shape[:2])
+        lse = [ops.sampled_logsumexp(q, flat, own, scale * m) for m in multipliers]
+        with torch.no_grad():
+            top = (torch.einsum("nd,nmd->nm", common.wide(q), common.wide(k)) * scale).amax(1)
+        return (torch.stack(lse) if beta else lse[0]), top
+    if beta and not k.requires_grad:
+        # one sweep for each scale instead of one for both, as only that form keeps no keys for backward
+        (hard, _, top), (weight, _) = (
+            ops.similarity_logsumexp(q, k, scale * m, pairs, columns=False, return_max=m > 1) for m in multipliers
+        )
+        return torch.stack([hard, weight]), top / (1.0 + beta)
+    scales = multipliers if beta else None
+    lse, _, top = ops.similarity_logsumexp(q, k, scale, pairs, scales=scales, columns=False, return_max=True)
+    return lse, top
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """CLIP's symmetric cross-entropy between images and texts.
+
+        s_ij = logit_scale * <image_i, text_j>
+        loss_i = (-log(exp(s_ii) / sum_j exp(s_ij)) - log(exp(s_ii) / sum_j exp(s_ji))) / 2
+        loss = mean of the rows
+
+    Source: Radford et al. 2021, figure 3; open_clip's ClipLoss.
+
+    Args:
+        image_features, text_features: (N, D), paired by position; unit rows are the caller's business.
+        logit_scale: number or tensor of one element: the multiplier itself, not its logarithm.
+        logit_bias: accepted as open_clip does. A softmax does not change with it: its gradient is zero.
+        reduction: "mean", "sum" or "none": (N,).
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, in both directions.
+        sample_weight: (N,), a weight for both directions of a pair; the mean is divided by the sum of the weights.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) from image to text.
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
+            range; a number that is not finite.
+
+    Example:
+        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = clip_loss(image, text, logit_scale=1 / 0.07)
+    """
+    common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
+    common.check_options(reduction, label_smoothing)
+    scale = common.scalar("logit_scale", logit_scale, image_features)
+    image, text = cast_features(image_features, text_features)
+    row, col, top = ops.similarity_logsumexp(image, text, scale, OTHERS, return_max=True)
+    positive = common.row_dot(image, text) * scale
+    rows = common.softplus(torch.stack([row, col]) - positive).mean(0)
+    if label_smoothing:
+        i, t = common.wide(image), common.wide(text)
+        mean = (i @ t.sum(0) + t @ i.sum(0)) * (scale / (2 * len(i)))
+        rows = rows + label_smoothing * (positive - mean)
+    if logit_bias is not None:
+        bias = common.scalar("logit_bias", logit_bias, image_features)
+        if isinstance(bias, Tensor):
+            rows = rows + 0.0 * bias  # a parameter that is given has a gradient: DistributedDataParallel insists
+    loss = common.reduce(rows, reduction, sample_weight)
+    return (loss, common.statistics(positive, top)) if return_stats else loss
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """SigLIP: every pair of an image and a text is its own yes-or-no question.
+
+        s_ij = logit_scale * <image_i, text_j> + logit_bias
+        loss_i = -log sigmoid(s_ii) - sum_{j != i} log sigmoid(-s_ij)
+        loss = mean of the rows
+
+    Source: Zhai et al. 2023, eq. 1; open_clip's SigLipLoss.
+
+    Args:
+        image_features, text_features: (N, D), paired by position; unit rows are the caller's business.
+        logit_scale, logit_bias: numbers or tensors of one element; no bias is 0. The scale is the multiplier itself,
+            not its logarithm.
+        reduction: "mean", "sum" or "none": (N,), the images' rows.
+        label_smoothing: targets 1 - label_smoothing / 2 and label_smoothing / 2, as in Keras' BinaryCrossentropy.
+        sample_weight: (N,), weights of the images' rows; the mean is divided by their sum.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits, bias included) from image
+            to text. They cost one more product: this loss needs no maximum.
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: as in `clip_loss`.
+
+    Example:
+        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = siglip_loss(image, text, logit_scale=10.0, logit_bias=-10.0)
+    """
+    common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
+    common.check_options(reduction, label_smoothing)
+    n = image_features.shape[0]
+    scale = common.scalar("logit_scale", logit_scale, image_features)
+    bias = 0.0 if logit_bias is None else common.scalar("logit_bias", logit_bias, image_features)
+    image, text = cast_features(image_features, text_features)
+    positive = common.row_dot(image, text) * scale + bias
+    rows = common.softplus(-positive)
+    if label_smoothing:
+        i, t = common.wide(image), common.wide(text)
+        total = (i @ t.sum(0)) * scale + n * bias  # sum_j s_ij
+        rows = rows + 0.5 * label_smoothing * (2 * positive - total)
+    if common.one_sweep(reduction, sample_weight):
+        weight = common.row_weight(n, reduction, sample_weight)
+        negative = ops.similarity_softplus_sum(image, text, scale, bias, weight=weight, exclude=OTHERS)
+        loss = negative + common.reduce(rows, reduction, sample_weight)
+    else:
+        rows = rows + ops.similarity_softplus(image, text, scale, bias, OTHERS)
+        loss = common.reduce(rows, reduction, sample_weight)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        top = ops.similarity_logsumexp(image, text, scale, OTHERS, columns=False, return_max=True)[2] + bias
+    return loss, common.statistics(positive, top)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses between views of the same samples, all features against all: NT-Xent, decoupled, supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels import _checks as check
+from sslkernels._autocast import cast_features
+from sslkernels.losses import _common as common
+from sslkernels.ops.contrastive import Exclude, self_similarity_logsumexp
+
+
+def _stack(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both views' unit rows (2N, D), as the sweep will see them, and each view's."""
+    (z,) = cast_features(common.normalize(torch.cat([out0, out1])))
+    z0, z1 = z.view(2, *out0.shape).unbind()
+    return z, z0, z1
+
+
+def nt_xent(
+    out0: Tensor,
+    out1: Tensor,
+    temperature: Tensor | float = 0.5,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    beta: float = 0.0,
+    tau_plus: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """NT-Xent: each view finds its partner among all other features of the batch.
+
+        z = unit rows of cat(out0, out1)                                 (2N, D)
+        s_ij = <z_i, z_j> / temperature
+        loss_i = -log(exp(s_ip) / sum_{j != i} exp(s_ij))                p: the partner of i
+        loss = mean of the 2N rows
+
+    Source: Chen et al. 2020, eq. 1; the mean over 2N is lightly's, the original's code has twice this value.
+
+    Args:
+        out0, out1: the two views' projections, (N, D), not normalised.
+        temperature: number or tensor of one element, which then gets its gradient.
+        reduction: "mean", "sum", or "none": (2N,), the rows of out0 first.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, over the 2N - 1 candidates.
+        beta: weight negatives by exp(beta * s) (Robinson et al. 2021, "hard negatives").
+        tau_plus: expected share of false negatives, taken out of the denominator (Chuang et al. 2020, "debiased").
+        sample_weight: (N,), a weight for both rows of a sample; the mean is divided by the sum of the weights.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits), from the same sweep.
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
+            range.
+
+    Example:
+        >>> out0, out1 = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+        >>> nt_xent(out0, out1, temperature=0.1).backward()
+    """
+    common.check_pair(sample_weight, out0=out0, out1=out1)
+    common.check_options(reduction, label_smoothing, beta, tau_plus)
+    n = out0.shape[0]
+    if n < 2 and (beta or tau_plus):
+        raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
+    scale = common.inverse(temperature, out0)
+    z, z0, z1 = _stack(out0, out1)
+    scales = (1.0 + beta, beta) if beta else None
+    lse, top = self_similarity_logsumexp(z, scale, Exclude(diagonal=0, period=n), scales=scales, return_max=True)
+    positive = common.row_dot(z0, z1) * scale  # (N,)
+    lse = common.negatives(lse.view(*lse.shape[:-1], 2, n), positive, 2 * n - 2, scale, beta, tau_plus)
+    rows = common.softplus(lse - positive)  # (2, N)
+    if label_smoothing:
+        zc = common.wide(z)
+        mean = ((zc @ zc.sum(0) - common.row_dot(zc, zc)) * (scale / (2 * n - 1))).view(2, n)
+        rows = rows + label_smoothing * (positive - mean)
+    loss = common.reduce(rows, reduction, sample_weight)
+    return (loss, common.statistics(positive, top.view(2, n))) if return_stats else loss
+
+
+def dcl(
+    out0: Tensor,
+    out1: Tensor,
+    temperature: Tensor | float = 0.1,
+    weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Decoupled contrastive loss: NT-Xent without the positive in its denominator.
+
+        z = unit rows of cat(out0, out1)                                 (2N, D)
+        s_ij = <z_i, z_j> / temperature
+        loss_i = -w_i s_ip + log sum_{j not in {i, p}} exp(s_ij)         p: the partner of i
+        loss = mean of the 2N rows
+        w = weight_fn(z0, z1) for the rows of out0, weight_fn(z1, z0) for those of out1; 1 without it
+
+    Source: Yeh et al. 2022, eq. 6; the negatives of both views share one sum, as in lightly's DCLLoss.
+
+    Args:
+        out0, out1: the two views' projections, (N, D), not normalised; N > 1.
+        temperature, reduction, sample_weight, return_stats: as in `nt_xent`.
+        weight_fn: called with the two views' unit rows, returns the positives' weights (N,).
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: as in `nt_xent`; fewer than two samples; weights of another shape.
+
+    Example:
+        >>> out0, out1 = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+        >>> dcl(out0, out1).backward()
+    """
+    common.check_pair(sample_weight, out0=out0, out1=out1)
+    common.check_options(reduction)
+    n = out0.shape[0]
+    if n < 2:
+        raise ValueError(f"out0 must have at least two samples, as one has no negative, got shape {tuple(out0.shape)}")
+    scale = common.inverse(temperature, out0)
+    z, z0, z1 = _stack(out0, out1)
+    lse, top = self_similarity_logsumexp(z, scale, Exclude(diagonal=0, period=n), return_max=True)
+    positive = common.row_dot(z0, z1) * scale  # (N,)
+    rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z0, z1))
+    loss = common.reduce(rows, reduction, sample_weight)
+    return (loss, common.statistics(positive, top.view(2, n))) if return_stats else loss
+
+
+def _positive_weights(weight_fn: Callable[[Tensor, Tensor], Tensor], z0: Tensor, z1: Tensor) -> Tensor:
+    weights = weight_fn(z0, z1), weight_fn(z1, z0)
+    for w in weights:
+        check.tensor("the result of weight_fn", w)
+        if w.shape != (z0.shape[0],):
+            raise ValueError(f"weight_fn must return shape ({z0.shape[0]},), got {tuple(w.shape)}")
+    return torch.stack(weights)
+
+
+def mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    """`weight_fn` of DCLW (Yeh et al. 2022, section 4): 2 - N softmax(<z0, z1> / sigma) over the batch, detached."""
+    check.positive("sigma", sigma)
+    similarity = common.row_dot(out0.detach(), out1.detach()) / sigma
+    return 2 - out0.shape[0] * similarity.softmax(0)
+
+
+def supcon(
+    features: Tensor,
+    labels: Tensor | None = None,
+    temperature: Tensor | float = 0.1,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Supervised contrastive loss: each feature attracts all others of its label.
+
+        z = unit rows of features
+        s_ij = <z_i, z_j> / temperature
+        P(i) = {j != i: label_j = label_i}
+        loss_i = mean_{p in P(i)} -log(exp(s_ip) / sum_{j != i} exp(s_ij))        0 where P(i) is empty
+        loss = mean of the rows whose P(i) is not empty
+
+    Source: Khosla et al. 2020, eq. 2 (L_out), without the factor temperature / base_temperature of their code.
+
+    Args:
+        features: (N, D), not normalised, or views (B, V, D) of B samples.
+        labels: (N,) or (B,), int64, not negative. None, for views: each sample is its own label (SimCLR).
+        temperature: number or tensor of one element, which then gets its gradient.
+        reduction: "mean", "sum", or "none": (N,) or (B * V,), a sample's views together.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`, over all other features.
+        sample_weight: (N,) or (B,); the mean is divided by the sum of the weights of the rows that have a positive.
+        return_stats: also return detached `top1` (a nearest neighbour of the same label), `positive` (mean logit of
+            the positives) and `hardest_negative` (mean over the rows), from the same sweeps.
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
+            range; a negative label on the CPU (compiled or on another device its row is NaN).
+
+    Example:
+        >>> features = torch.randn(8, 16, requires_grad=True)
+        >>> supcon(features, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])).backward()
+    """
+    labels, sample_weight, features = _flat_views(features, labels, sample_weight)
+    common.check_options(reduction, label_smoothing)
+    scale = common.inverse(temperature, features)
+    # rows of one label next to each other: whole tiles of the sweeps are then all positives or all negatives
+    labels, order = labels.sort()
+    (z,) = cast_features(common.normalize(features.index_select(0, order)))
+    lse_neg, top_neg = self_similarity_logsumexp(z, scale, Exclude(query_groups=labels), return_max=True)
+    same = Exclude(diagonal=0, query_groups=labels, differ=True)
+    lse_pos, top_pos = self_similarity_logsumexp(z, scale, same, return_max=True)
+
+    group = torch.zeros_like(labels)
+    group[1:] = (labels[1:] != labels[:-1]).cumsum(0)
+    zc = common.wide(z)
+    self_dot = common.row_dot(zc, zc)
+    sums = torch.zeros_like(zc).index_add(0, group, zc)  # (groups <= N, D)
+    count = torch.zeros_like(self_dot).index_add(0, group, torch.ones_like(self_dot))[group] - 1  # |P(i)|
+    mean = (common.row_dot(zc, sums.index_select(0, group)) - self_dot) * (scale / count.clamp(min=1))
+
+    has = count > 0
+    lse_pos = lse_pos.where(has, 0.0)
+    # with one positive the two are equal: their difference is exactly 0, and so is its gradient
+    rows = (lse_pos - mean).where(count > 1, 0.0) + common.softplus(lse_neg - lse_pos)
+    if label_smoothing:
+        rows = rows + label_smoothing * (mean - (zc @ zc.sum(0) - self_dot) * (scale / max(len(zc) - 1, 1)))
+    rows = rows.where(has, 0.0).where(labels >= 0, torch.nan)
+    weight = has.to(rows.dtype) if sample_weight is None else has * sample_weight[order].to(rows.dtype)
+    loss = _reduce_present(rows, reduction, weight, order)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        present = has.to(rows.dtype) / has.sum().clamp(min=1)
+        stats = {
+            "top1": (present * (top_pos > top_neg)).sum(),
+            "positive": (present * mean).sum(),
+            "hardest_negative": top_neg.mean(),
+        }
+    return loss, stats
+
+
+def _flat_views(
+    features: Tensor, labels: Tensor | None, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Checked, and with views (B, V, D) flattened sample by sample."""
+    check.tensor("features", features)
+    if features.ndim not in (2, 3):
+        raise ValueError(f"features must be (N, D), or views (B, V, D), got shape {tuple(features.shape)}")
+    if features.ndim == 2 and labels is None:
+        raise ValueError(f"labels may be None only for views (B, V, D), got features {tuple(features.shape)}")
+    check.features(features=features.flatten(0, -2))
+    check.not_empty("features", features)
+    common.check_weight(sample_weight, features)
+    if labels is None:
+        labels = torch.arange(features.shape[0], device=features.device)
+    else:
+        check.vector("labels", labels, features.shape[0], features, (torch.int64,))
+        # no synchronisation with a device, no branch on data in a compiled graph: there the row becomes NaN
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool((labels < 0).any()):
+            raise ValueError(f"labels must not be negative, got {labels.min().item()}")
+    if features.ndim == 3:
+        views = features.shape[1]
+        labels = labels.repeat_interleave(views)
+        sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
+    return labels, sample_weight, features.flatten(0, -2)
+
+
+def _reduce_present(rows: Tensor, reduction: str, weight: Tensor, order: Tensor) -> Tensor:
+    if reduction == "none":
+        return torch.zeros_like(rows).index_copy(0, order, rows * weight)
+    total = (rows * weight).sum()
+    if reduction == "sum":
+        return total
+    present = weight.sum()
+    return total / present.where(present > 0, 1.0)

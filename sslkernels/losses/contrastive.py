@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive losses as modules; each is its function of the same name, whose docstring is the definition.
+
+Constructors and `forward` take what lightly's, open_clip's or pytorch-metric-learning's class of that name takes where
+the meaning is the same. Every `forward` also takes `sample_weight` and `return_stats`, as the functions do.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels.losses import _common as common
+from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather
+from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
+from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent, supcon
+from sslkernels.losses.queue import MemoryQueue
+
+__all__ = [
+    "ClipLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+    "clamp_logit_scale_",
+    "clip_loss",
+    "dcl",
+    "info_nce",
+    "mises_fisher_weights",
+    "nt_xent",
+    "siglip_loss",
+    "supcon",
+]
+
+
+@torch.no_grad()
+def clamp_logit_scale_(logit_scale: Tensor, min: float = 0.0, max: float = math.log(100)) -> Tensor:
+    """Put a learned log scale back into [min, max], in place; for after the optimizer's step, as CLIP's training does.
+
+    Inside a forward a clamp would take the gradient away from a parameter beyond it.
+
+    Example:
+        >>> logit_scale = nn.Parameter(torch.tensor(5.0))
+        >>> round(float(clamp_logit_scale_(logit_scale)), 4)
+        4.6052
+    """
+    return logit_scale.clamp_(min, max)
+
+
+class NTXentLoss(Loss):
+    """`nt_xent` as a module; with a memory bank the loss of MoCo, as lightly's class of this name.
+
+    Args:
+        temperature: number, or nn.Parameter to be learned.
+        memory_bank_size: (size, dim) of a queue whose keys are the negatives of out0, instead of the batch. out1 then
+            is enqueued after the loss if out0 requires a gradient. A plain size takes dim from the first batch.
+        gather_distributed: must be False.
+        reduction, label_smoothing, beta, tau_plus: as in `nt_xent`; with a memory bank as in `info_nce`.
+
+    Example:
+        >>> loss_fn = NTXentLoss(temperature=0.1)
+        >>> loss = loss_fn(torch.randn(8, 16), torch.randn(8, 16))
+    """
+
+    memory_bank: MemoryQueue | None
+
+    def __init__(
+        self,
+        temperature: nn.Parameter | float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        beta: float = 0.0,
+        tau_plus: float = 0.0,
+    ) -> None:
+        super().__init__(
+            temperature, reduction=reduction, label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus
+        )
+        refuse_gather(gather_distributed)
+        size, *dim = (memory_bank_size,) if isinstance(memory_bank_size, int) else memory_bank_size
+        if size < 0 or len(dim) > 1:
+            raise ValueError(f"memory_bank_size must be a size or (size, dim), not negative, got {memory_bank_size}")
+        self.bank_size = size
+        self.memory_bank = MemoryQueue(size, dim[0]) if size and dim else None
+        if size and not dim:
+            warnings.warn(f"memory_bank_size={size} has no dim and takes it from the first batch", stacklevel=2)
+
+    def forward(
+        self, out0: Tensor, out1: Tensor, *, sample_weight: Tensor | None = None, return_stats: bool = False
+    ) -> Any:
+        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        if not self.bank_size:
+            return nt_xent(out0, out1, self.temperature, **call)
+        common.check_pair(sample_weight, out0=out0, out1=out1)
+        if self.memory_bank is None:
+            self.memory_bank = MemoryQueue(self.bank_size, out0.shape[1]).to(out0.device)
+        z0, z1 = common.normalize(out0), common.normalize(out1)
+        loss = info_nce(z0, z1, self.memory_bank.keys, self.temperature, normalize=False, **call)
+        if out0.requires_grad:
+            self.memory_bank(z1.detach())
+        return loss
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        keys = state_dict.get(f"{prefix}memory_bank.keys")
+        if self.bank_size and self.memory_bank is None and keys is not None:
+            self.memory_bank = MemoryQueue(*keys.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class InfoNCELoss(Loss):
+    """`info_nce` as a module.
+
+    Args:
+        temperature: number, or nn.Parameter to be learned.
+        in_batch, normalize, reduction, label_smoothing, beta, tau_plus: as in `info_nce`.
+
+    Example:
+        >>> loss_fn, queue = InfoNCELoss(temperature=0.07), MemoryQueue(1024, 16)
+        >>> query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> loss = loss_fn(query, key, queue.keys)
+        >>> queue(torch.nn.functional.normalize(key, dim=1))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        temperature: nn.Parameter | float = 0.1,
+        *,
+        in_batch: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        beta: float = 0.0,
+        tau_plus: float = 0.0,
+    ) -> None:
+        super().__init__(
+            temperature,
+            in_batch=in_batch,
+            normalize=normalize,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            beta=beta,
+            tau_plus=tau_plus,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        return info_nce(query, positive_key, negative_keys, self.temperature, **call)
+
+
+class ClipLoss(ImageTextLoss):
+    """`clip_loss` as a module; one process, so open_clip's arguments that share it out are not taken.
+
+    Args:
+        reduction, label_smoothing: as in `clip_loss`.
+
+    `forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)` is open_clip's;
+    `output_dict=True` gives `{"contrastive_loss": loss}`.
+
+    Example:
+        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = ClipLoss()(image, text, logit_scale=torch.tensor(1 / 0.07))
+    """
+
+    function = staticmethod(clip_loss)
+
+
+class SigLipLoss(ImageTextLoss):
+    """`siglip_loss` as a module; one process, so open_clip's arguments that share it out are not taken.
+
+    Args:
+        reduction, label_smoothing: as in `siglip_loss`.
+
+    `forward(image_features, text_features, logit_scale, logit_bias, output_dict=False)` is open_clip's;
+    `output_dict=True` gives `{"contrastive_loss": loss}`.
+
+    Example:
+        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = SigLipLoss()(image, text, logit_scale=torch.tensor(10.0), logit_bias=torch.tensor(-10.0))
+    """
+
+    function = staticmethod(siglip_loss)
+
+
+class SupConLoss(Loss):
+    """`supcon` as a module.
+
+    Args:
+        temperature: number, or nn.Parameter to be learned.
+        reduction, label_smoothing: as in `supcon`.
+
+    Example:
+        >>> loss = SupConLoss(temperature=0.1)(torch.randn(6, 16), torch.tensor([0, 0, 1, 1, 2, 2]))
+    """
+
+    def __init__(
+        self,
+        temperature: nn.Parameter | float = 0.1,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(temperature, reduction=reduction, label_smoothing=label_smoothing)
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        return supcon(features, labels, self.temperature, **call)
+
+
+class DCLLoss(Loss):
+    """`dcl` as a module, as lightly's class of this name.
+
+    Args:
+        temperature: number, or nn.Parameter to be learned.
+        weight_fn: as in `dcl`.
+        gather_distributed: must be False.
+        reduction: as in `dcl`.
+
+    Example:
+        >>> loss = DCLLoss(temperature=0.07)(torch.randn(8, 16), torch.randn(8, 16))
+    """
+
+    def __init__(
+        self,
+        temperature: nn.Parameter | float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(temperature, reduction=reduction)
+        refuse_gather(gather_distributed)
+        self.weight_fn = weight_fn
+
+    def forward(
+        self, out0: Tensor, out1: Tensor, *, sample_weight: Tensor | None = None, return_stats: bool = False
+    ) -> Any:
+        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        return dcl(out0, out1, self.temperature, self.weight_fn, **call)
+
+
+class DCLWLoss(DCLLoss):
+    """DCLLoss with the positives weighted by `mises_fisher_weights`, as lightly's class of this name.
+
+    Args:
+        temperature, gather_distributed, reduction: as in `DCLLoss`.
+        sigma: temperature of the weights.
+
+    Example:
+        >>> loss = DCLWLoss()(torch.randn(8, 16), torch.randn(8, 16))
+    """
+
+    def __init__(
+        self,
+        temperature: nn.Parameter | float = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        check.positive("sigma", sigma)
+        weight_fn = partial(mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weight_fn, gather_distributed, reduction=reduction)
