@@ -30,7 +30,7 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 
 # Options of `augment`. A mirrored digit is another sign, so digits are not flipped.
-DIGIT_VIEWS = {"scale": (0.75, 1.15), "shift": 0.2, "rotate": 15.0, "brightness": 0.2, "contrast": 0.3, "noise": 0.1}
+DIGIT_VIEWS = {"scale": (0.8, 1.2), "shift": 0.1, "rotate": 10.0, "brightness": 0.2, "contrast": 0.3, "noise": 0.1}
 PHOTO_VIEWS = {"scale": (0.4, 1.0), "flip": True, "brightness": 0.3, "contrast": 0.4, "noise": 0.03}
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -20,11 +20,11 @@ def extract_features(
 
     `encode` defaults to `module.encode` where the module is a method, else to the module itself.
     """
-    encode = encode or getattr(module, "encode", module)
+    forward: Callable[[Tensor], Tensor] = encode if encode is not None else getattr(module, "encode", module)
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        return torch.cat([encode(batch) for batch in images.split(batch_size)])
+        return torch.cat([forward(batch) for batch in images.split(batch_size)])
     finally:
         for part, mode in modes:
             part.training = mode

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 __all__ = ["ProjectionHead", "ResidualCNN", "VisionTransformer", "feature_dim"]
 
 
-def feature_dim(module: nn.Module, dim: int | None = None) -> int:
-    """Width of the features `module` returns: `dim` if given, else the attribute its library names it by.
+def feature_dim(module: nn.Module) -> int:
+    """Width of the features `module` returns: the attribute that its library names it by.
 
     Looked for in this order: `dim` (ours), `num_features` (timm), `embedding_dim` (`nn.Embedding`, `nn.EmbeddingBag`).
     """
-    for value in (dim, *(getattr(module, name, None) for name in ("dim", "num_features", "embedding_dim"))):
-        if isinstance(value, int) and not isinstance(value, bool):
+    for name in ("dim", "num_features", "embedding_dim"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
             return value
     raise ValueError(f"{type(module).__name__} does not tell its feature width: give it an integer attribute `dim`")
 

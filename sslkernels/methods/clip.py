@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sslkernels.losses import ClipLoss
+from sslkernels.losses import ClipLoss, clamp_logit_scale_
 from sslkernels.methods._method import Method
 from sslkernels.nn import feature_dim
 
@@ -30,8 +30,6 @@ class CLIP(Method):
         >>> method = CLIP(ResidualCNN(in_chans=1), nn.EmbeddingBag(100, 64))
         >>> loss, metrics = method((torch.rand(8, 1, 8, 8), torch.randint(100, (8, 5))))
     """
-
-    MAX_LOGIT_SCALE = math.log(100)
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, *, dim: int = 512) -> None:
         super().__init__()
@@ -58,10 +56,9 @@ class CLIP(Method):
         loss, stats = self.criterion(self.encode_image(images), self.encode_text(texts), scale, return_stats=True)
         return loss, {"loss": loss.detach(), "scale": scale.detach(), **stats}
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Clamp the logit scale in place."""
-        self.logit_scale.clamp_(0, self.MAX_LOGIT_SCALE)
+        clamp_logit_scale_(self.logit_scale)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.image_encoder(x)

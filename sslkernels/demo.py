@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrain SimCLR on real images twice from one seed, with an eager loss and with ours: `python -m sslkernels.demo`.
+
+Same network, same images, same views in the same order; the loss alone differs. What is shown: the two loss curves are
+one, what the loss costs in time and memory, and that the network has learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels import data
+from sslkernels.evaluation import extract_features, knn_accuracy
+from sslkernels.losses import nt_xent
+from sslkernels.methods import SimCLR
+from sslkernels.nn import ResidualCNN
+
+TEMPERATURE, DIM, NEIGHBORS = 0.1, 128, 5
+
+
+def eager_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as lightly's `loss/ntx_ent_loss.py` computes it: four similarity matrices, two of them without their
+    diagonal, concatenated and given to `cross_entropy`.
+
+    Restated here because the package may import neither lightly nor its own benchmarks, and `sslkernels.reference`
+    defines our primitives, which is not what a user migrates from.
+    """
+    out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    n = len(out0)
+    others = ~torch.eye(n, dtype=torch.bool, device=out0.device)
+    logits_00 = torch.einsum("nc,mc->nm", out0, out0) / temperature
+    logits_01 = torch.einsum("nc,mc->nm", out0, out1) / temperature
+    logits_10 = torch.einsum("nc,mc->nm", out1, out0) / temperature
+    logits_11 = torch.einsum("nc,mc->nm", out1, out1) / temperature
+    logits_0100 = torch.cat([logits_01, logits_00[others].view(n, -1)], dim=1)
+    logits_1011 = torch.cat([logits_10, logits_11[others].view(n, -1)], dim=1)
+    logits = torch.cat([logits_0100, logits_1011], dim=0)  # (2N, 2N - 1)
+    return F.cross_entropy(logits, torch.arange(n, device=out0.device).repeat(2))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"eager": eager_nt_xent, "sslkernels": nt_xent}
+
+
+class Run(NamedTuple):
+    curve: list[float]
+    loss_seconds: float  # median over steps of the loss's forward and backward
+    step_seconds: float  # median over steps of everything
+    method: SimCLR
+
+
+def new_method(images: Tensor, *, seed: int) -> SimCLR:
+    torch.manual_seed(seed)
+    return SimCLR(ResidualCNN(in_chans=images.shape[1]), dim=DIM, temperature=TEMPERATURE)
+
+
+def pretrain(loss: str, images: Tensor, *, steps: int, batch_size: int, seed: int = 0) -> Run:
+    """Train SimCLR on images (N, 1, H, W), timing the loss on its own in every step."""
+    from tqdm import tqdm
+
+    method = new_method(images, seed=seed)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    curve, loss_seconds, step_seconds = [], [], []
+    for _ in (progress := tqdm(range(steps), desc=f"{loss:>10}", unit="step")):
+        started = time.perf_counter()
+        chosen = torch.randperm(len(images), generator=generator)[:batch_size]
+        views = data.two_views(images[chosen], generator=generator, **data.DIGIT_VIEWS)
+        z = method.project(views)
+        # The step is cut at the loss, so that the loss's forward and backward are timed and nothing else is. SimCLR's
+        # factor of two, which Adam does not see, is left out.
+        out0, out1 = (part.detach().requires_grad_() for part in z)
+        loss_started = time.perf_counter()
+        value = LOSSES[loss](out0, out1, TEMPERATURE)
+        value.backward()
+        loss_seconds.append(time.perf_counter() - loss_started)
+        optimizer.zero_grad()
+        torch.autograd.backward(z, [out0.grad, out1.grad])
+        optimizer.step()
+        schedule.step()
+        step_seconds.append(time.perf_counter() - started)
+        curve.append(value.item())
+        progress.set_postfix(loss=f"{curve[-1]:.3f}")
+    return Run(curve, _median(loss_seconds), _median(step_seconds), method)
+
+
+def peak_memory(loss: str, n: int) -> float | None:
+    """Peak memory in MiB that the loss adds to its inputs and their gradients, or None where Linux does not tell.
+
+    Measured in a process of its own, as the allocator keeps what an earlier step has freed.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, "-m", "sslkernels.demo", "--measure", loss, "--batch-size", str(n)]
+    command += ["--threads", str(torch.get_num_threads())]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(loss: str, n: int) -> float:
+    """The body of that process: high-water mark of one forward and backward, less what the gradients need."""
+
+    def step(rows: int) -> None:
+        out0, out1 = torch.randn(2, rows, DIM, generator=generator).unbind()
+        out0, out1 = out0.clone().requires_grad_(), out1.clone().requires_grad_()
+        Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
+        before.append(_status("VmRSS"))
+        LOSSES[loss](out0, out1, TEMPERATURE).backward()
+
+    generator = torch.Generator().manual_seed(0)
+    before: list[float] = []
+    step(8)  # loads what the first call loads
+    step(n)
+    gradients = 2 * n * DIM * 4 / 2**20
+    return max(0.0, _status("VmHWM") - before[-1] - gradients)
+
+
+def _status(field: str) -> float:
+    """A memory field of this process in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def table(result: dict) -> str:
+    """The figures as text."""
+    eager, ours = result["eager"], result["sslkernels"]
+    rows = [
+        ("", "eager", "sslkernels", ""),
+        ("loss at the first step", *(f"{run['curve'][0]:.4f}" for run in (eager, ours)), ""),
+        ("loss at the last step", *(f"{run['curve'][-1]:.4f}" for run in (eager, ours)), ""),
+        ("largest difference between the curves", "", f"{result['largest_difference']:.1e}", ""),
+        _compared("milliseconds in the loss, per step", eager["loss_ms"], ours["loss_ms"]),
+        _compared("milliseconds in all, per step", eager["step_ms"], ours["step_ms"]),
+        _compared("peak memory of the loss, MiB", eager["peak_mib"], ours["peak_mib"]),
+        ("kNN accuracy, %: raw pixels", f"{result['knn_raw_pixels']:.1f}", "", ""),
+        ("kNN accuracy, %: untrained network", f"{result['knn_untrained']:.1f}", "", ""),
+        ("kNN accuracy, %: trained network", f"{eager['knn']:.1f}", f"{ours['knn']:.1f}", ""),
+    ]
+    return "\n".join(f"{name:<40}{left:>14}{right:>14}  {note}".rstrip() for name, left, right, note in rows)
+
+
+def _compared(name: str, eager: float | None, ours: float | None) -> tuple[str, str, str, str]:
+    if eager is None or ours is None:
+        return name, "not measured", "not measured", "(needs Linux)"
+    return name, f"{eager:.1f}", f"{ours:.1f}", f"{eager / ours:.1f}x less" if ours > 0 else ""
+
+
+def plot(result: dict, path: Path) -> None:
+    """Both curves on top of each other, and bars of the loss's time and memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, times, memory = figure.subplots(1, 3, width_ratios=(3, 1, 1))
+    curves.plot(result["eager"]["curve"], color="tab:orange", linewidth=6, alpha=0.5, label="eager")
+    curves.plot(result["sslkernels"]["curve"], color="tab:blue", linewidth=1.5, label="sslkernels")
+    curves.set(xlabel="step", ylabel="NT-Xent", title=f"one curve (within {result['largest_difference']:.1e})")
+    curves.legend()
+    for axes, key, title in (
+        (times, "loss_ms", "ms in the loss, per step"),
+        (memory, "peak_mib", "peak MiB of the loss"),
+    ):
+        values = [result[loss][key] or 0.0 for loss in LOSSES]
+        axes.bar_label(axes.bar(list(LOSSES), values, color=["tab:orange", "tab:blue"]), fmt="%.1f")
+        axes.set_title(title)
+    figure.suptitle(f"SimCLR on the digits, {result['batch_size']} pairs, dim {DIM}, {result['threads']} threads")
+    figure.savefig(path, dpi=120)
+
+
+def run(*, steps: int, batch_size: int, out: Path) -> dict:
+    """Everything: both trainings, the figures, `demo.png` and `demo.json` in `out`."""
+    images = data.digits()
+
+    def accuracy(train: Tensor, test: Tensor) -> float:
+        return 100 * knn_accuracy(train, images.train_labels, test, images.test_labels, k=NEIGHBORS)
+
+    def accuracy_of(method: SimCLR) -> float:
+        return accuracy(extract_features(method, images.train_images), extract_features(method, images.test_images))
+
+    result: dict = {"steps": steps, "batch_size": batch_size, "threads": torch.get_num_threads()}
+    result["knn_raw_pixels"] = accuracy(images.train_images.flatten(1), images.test_images.flatten(1))
+    result["knn_untrained"] = accuracy_of(new_method(images.train_images, seed=0))
+    for loss in LOSSES:
+        trained = pretrain(loss, images.train_images, steps=steps, batch_size=batch_size)
+        result[loss] = {
+            "curve": trained.curve,
+            "loss_ms": 1e3 * trained.loss_seconds,
+            "step_ms": 1e3 * trained.step_seconds,
+            "peak_mib": peak_memory(loss, batch_size),
+            "knn": accuracy_of(trained.method),
+        }
+    pairs = zip(*(result[loss]["curve"] for loss in LOSSES), strict=True)
+    result["largest_difference"] = max(abs(a - b) for a, b in pairs)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, out / "demo.png")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sslkernels.demo", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=1024, help="pairs of views in a step (default: 1024)")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for demo.png and demo.json")
+    parser.add_argument("--quick", action="store_true", help="8 steps of 64 pairs: does it run, no more")
+    parser.add_argument("--measure", choices=LOSSES, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.measure:
+        print(measure(args.measure, args.batch_size))
+        return
+    steps, batch_size = (8, 64) if args.quick else (args.steps, args.batch_size)
+    print(f"SimCLR on scikit-learn's digits: {steps} steps of {batch_size} pairs, twice from one seed\n")
+    result = run(steps=steps, batch_size=batch_size, out=args.out)
+    print("\n" + table(result))
+    print(f"\nThe plot is {args.out / 'demo.png'}, the figures are {args.out / 'demo.json'}.")
+    print("Next: `make bench` times every loss against what others ship; docs/methods.md trains on your own images.")
+
+
+if __name__ == "__main__":
+    main()
