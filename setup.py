@@ -58,10 +58,6 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
 
 
-def find_ninja() -> str | None:  # the scripts directory of a virtual environment that is not activated is not on PATH
-    return shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
-
-
 def find_torch() -> Path:
     """The torch to take headers from; pip's build isolation hides the environment's own, so look there as well."""
     spec = importlib.util.find_spec("torch")
@@ -80,7 +76,7 @@ def find_torch() -> Path:
 def choose_libraries() -> list[Extension]:
     """Decide what can be built here, and note what cannot and why."""
     cpu, cuda = (os.environ.get(f"SSLKERNELS_{name}") for name in ("CPU", "CUDA"))
-    problem = "this is not Linux" if sys.platform != "linux" else ""
+    problem = "" if sys.platform == "linux" else "this is not Linux"
     if not find_compiler():
         problem = "no C++ compiler was found (g++, c++, clang++ or $CXX); install one, for example: apt-get install g++"
     if problem and "1" in (cpu, cuda):
@@ -133,10 +129,10 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
         options = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TARGET}", *headers, "-MF", f"{output}.d"]
         command = [*compile_, *options, "-c", str(source), "-o", str(output)]
         steps.append(Step("compile", output, [source], command))
-    output = BUILD / f"{extension.name.rpartition('.')[2]}.so"
-    objects = [str(step.output) for step in steps if step.output.suffix == ".o"]
+    output, outputs = BUILD / f"{extension.name.rpartition('.')[2]}.so", [step.output for step in steps]
+    objects = [str(path) for path in outputs if path.suffix == ".o"]
     command = [link[0], *objects, *link[1:], f"-L{torch}/lib", "-ltorch_cpu", "-lc10", "-o", str(output)]
-    return [*steps, Step("link", output, [step.output for step in steps], command)]
+    return [*steps, Step("link", output, outputs, command)]
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -149,7 +145,8 @@ def run_steps(steps: list[Step]) -> None:
     """Bring every output up to date: with ninja only what changed, else everything, in threads."""
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
-    if ninja := find_ninja():
+    # the scripts of a virtual environment that is not activated are not on PATH
+    if ninja := shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ.get('PATH', '')}"):
         text = f"builddir = {BUILD}\nrule link\n  command = $cmd\n"
         text += "rule compile\n  command = $cmd\n  deps = gcc\n  depfile = $out.d\n"
         for step in steps:
@@ -187,6 +184,8 @@ class BuildPython(build_py):
     def run(self) -> None:
         for note in NOTES:
             print(f"sslkernels: warning: {note}", file=sys.stderr)
+        if not self.editable_mode:  # what an earlier build left there would go into the wheel
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 
