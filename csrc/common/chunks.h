@@ -20,9 +20,7 @@ namespace sslkernels {
 constexpr int64_t kChunk = 4096;                 // elements of one tensor that one block updates
 constexpr int64_t kMaxBlocks = (1LL << 31) - 1;  // of one launch: CUDA's limit on gridDim.x
 
-inline int64_t blocks_for(int64_t numel) {
-  return numel / kChunk + (numel % kChunk != 0);
-}
+inline int64_t blocks_for(int64_t numel) { return numel / kChunk + (numel % kChunk != 0); }
 
 // Tensors [begin, end) of the list share a launch of `blocks` blocks.
 struct Launch {

@@ -13,9 +13,7 @@ int driver_version() {
 
 }  // namespace
 
-bool driver_serves() {
-  return driver_version() == 0 || driver_version() / 1000 >= CUDART_VERSION / 1000;
-}
+bool driver_serves() { return driver_version() == 0 || driver_version() / 1000 >= CUDART_VERSION / 1000; }
 
 }  // namespace sslkernels
 

@@ -59,25 +59,18 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Vector {
   T values[kWidth];
 };
 
-__device__ inline double widen(double x) {
-  return x;
-}
-__device__ inline float widen(float x) {
-  return x;
-}
-__device__ inline float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ inline float widen(__half x) {
-  return __half2float(x);
-}
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
 
+// By way of float32, as torch converts float64 to 16 bits.
 template <typename T, typename Real>
 __device__ inline T narrow(Real x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return std::is_same_v<Real, double> ? __double2bfloat16(x) : __float2bfloat16_rn(x);
+    return __float2bfloat16_rn(static_cast<float>(x));
   } else if constexpr (std::is_same_v<T, __half>) {
-    return std::is_same_v<Real, double> ? __double2half(x) : __float2half_rn(x);
+    return __float2half_rn(static_cast<float>(x));
   } else {
     return static_cast<T>(x);
   }
@@ -180,9 +173,7 @@ Type type_of(const Tensor& tensor) {
   }
 }
 
-std::vector<int64_t> listed(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  return {values.begin(), values.end()};
-}
+std::vector<int64_t> listed(torch::headeronly::IntHeaderOnlyArrayRef values) { return {values.begin(), values.end()}; }
 
 void check_pair(const Tensor& target, const Tensor& source, int64_t index, int32_t device) {
   const auto sizes = listed(target.sizes()), strides = listed(target.strides());
