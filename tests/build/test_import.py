@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from sslkernels.ops._registry import OPS
 
 LIMIT = 0.3  # seconds beyond torch's own
@@ -31,6 +33,13 @@ def test_info_covers_every_op(run) -> None:
         assert served["cuda"] in ("compiled", "triton", "reference", "unavailable")
     assert facts["versions"]["torch"] and facts["threads"]["torch"] >= 1 and "cpu" in facts["devices"]
     assert facts["libraries"]["cpu"]["loaded"] or facts["libraries"]["cpu"]["problem"]
+
+
+def test_info_shows_a_capped_instruction_set(run) -> None:
+    facts = json.loads(run("-m", "sslkernels", "info", "--json", SSLKERNELS_CPU_LEVEL="baseline").stdout)
+    if not facts["libraries"]["cpu"]["loaded"]:
+        pytest.skip("no CPU library")
+    assert facts["instruction_set"]["level"] == facts["instruction_set"]["cap"] == "baseline"
 
 
 def test_info_for_people(run) -> None:
