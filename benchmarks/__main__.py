@@ -47,7 +47,7 @@ def publish(path: Path, plot: bool, documents: bool) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)  # a file may follow an option
     family = next(iter(FAMILIES)) if options.family == "report" else options.family
     cases = [find(name) for name in options.case] if options.case else list(FAMILIES[family])
     if options.list:

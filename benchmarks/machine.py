@@ -64,6 +64,9 @@ def provenance(threads: int, arguments: list[str]) -> dict[str, Any]:
     """Goes into every case's record, so that cases measured at different commits can share a file."""
     import torch
 
+    from sslkernels import info
+
+    facts = info.gather()
     return {
         "commit": git("rev-parse", "HEAD"),
         # Results and the README are written by the benchmark itself.
@@ -72,6 +75,8 @@ def provenance(threads: int, arguments: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+        "instruction_set": facts["instruction_set"]["level"],
+        "without_kernel": sorted(op for op, served in facts["ops"].items() if served["cpu"] == "reference"),
         "threads": threads,
         "command": " ".join(["python -m benchmarks", *arguments]),
     }

@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.report import BLURRED
 from benchmarks.stats import OURS, fastest, speedup
 
+LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fontsize": "small", "frameon": False}
+
 
 def label(record: dict[str, Any]) -> str:
     return record["op"] + " " + " ".join(f"{k}={v}" for k, v in record["shape"].items())
@@ -42,7 +44,7 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
     speed.set_yticks(list(rows), [label(r) for r in records])
     speed.invert_yaxis()
     speed.set_xlabel(f"times faster, forward + backward (memory {regime}; whiskers: quartiles)")
-    speed.legend(loc="lower right", fontsize="small")
+    speed.legend(**LEGEND)
     for offset, name, colour in ((-0.2, "eager", "#d62728"), (0.2, OURS, "#2ca02c")):
         peaks = [r["memory"].get(fastest(r["time"][regime], r["eager"]) if name == "eager" else name) for r in records]
         what = "fastest shipped form" if name == "eager" else name
@@ -52,7 +54,8 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
         )
     memory.set_xscale("log")
     memory.set_xlabel(f"extra peak memory of a step, MiB (resolution {BLURRED:g})")
-    memory.legend(loc="lower right", fontsize="small")
+    memory.set_xlim(left=0.8 * BLURRED)
+    memory.legend(**LEGEND)
     figure.suptitle(f"{results['family']}, {results['machine']['cpu']}, {results['machine']['cores']} cores, float32")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -107,12 +107,18 @@ def goals_table(results: dict[str, Any]) -> str:
 def machine_line(results: dict[str, Any]) -> str:
     machine = results["machine"]
     caches = ", ".join(f"{n.upper()} {size / 1024:g} MiB" for n in ("l2", "l3") if (size := machine[f"{n}_kib"]))
+    made = [record["provenance"] for record in results["cases"].values()]
     facts = {
-        f"torch {p['torch']} ({p['blas']}), {p['threads']} threads, {p['rounds']} rounds, commit "
-        f"{(p['commit'] or 'unknown')[:10]}{' with uncommitted changes' if p['dirty'] else ''}, {p['date']}"
-        for p in (record["provenance"] for record in results["cases"].values())
-    }
-    return f"{machine['cpu']}, {machine['cores']} cores, {caches}; float32; " + "; ".join(sorted(facts)) + "."
+        f"torch {p['torch']} ({p['blas']}), {p['threads']} threads, {p['rounds']} rounds, kernels for "
+        f"{p['instruction_set']}" for p in made
+    }  # fmt: skip
+    commits = {(p["commit"] or "unknown")[:10] + " with uncommitted changes" * p["dirty"] for p in made}
+    dates = sorted({p["date"] for p in made})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "never"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {caches}; float32; {'; '.join(sorted(facts))}; "
+        f"{when}, commit {', '.join(sorted(commits))}."
+    )
 
 
 def wins(results: dict[str, Any]) -> str:

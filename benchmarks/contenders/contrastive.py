@@ -106,7 +106,9 @@ def lean_moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> 
 def ours_moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     from sslkernels.losses import info_nce
 
-    return info_nce(query, key, queue, temperature=temperature)
+    # As in builder.py the queue holds unit rows, so only the batch is normalised.
+    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    return info_nce(query, key, queue, temperature=temperature, normalize=False)
 
 
 # --- CLIP and SigLIP ---------------------------------------------------------------------------------------------

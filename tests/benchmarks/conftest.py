@@ -44,7 +44,8 @@ def record() -> dict[str, Any]:
         "memory": {"sslkernels": 6.0, "lightly": 268.0, "solo-learn": 280.0, "lean": 196.0},
         "provenance": {
             "commit": "0123456789abcdef", "dirty": False, "date": "2026-01-01", "python": "3.11", "torch": "2.13.0",
-            "blas": "mkl", "threads": 2, "command": "python -m benchmarks", "rounds": 5,
+            "blas": "mkl", "instruction_set": "v4", "without_kernel": [],
+            "threads": 2, "command": "python -m benchmarks", "rounds": 5,
         },
     }  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_report_command_writes_table_and_plot_from_the_file(results, tmp_path, c
     pytest.importorskip("matplotlib")
     path = tmp_path / "contrastive-a.json"
     path.write_text(runner.dump(results))
-    assert command.main(["report", str(path), "--plot"]) == 0
+    assert command.main(["report", "--plot", str(path)]) == 0
     assert "### Goals" in path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in capsys.readouterr().out  # no path of this machine in what people paste
