@@ -36,12 +36,13 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
         have = [(row, ratio) for row, ratio in zip(rows, ratios, strict=True) if ratio]
         middle = [ratio.median for _, ratio in have]
         spread = [[ratio.median - ratio.low for _, ratio in have], [ratio.high - ratio.median for _, ratio in have]]
-        what = "fastest shipped form" if other == "eager" else "lean eager (our algebra in plain torch)"
+        what = "than the fastest shipped form" if other == "eager" else "than our algebra in plain torch"
         speed.barh(
             [row + offset for row, _ in have], middle, height, xerr=spread, color=colour, ecolor="#444", label=what
         )
     speed.axvline(1, color="#444", linewidth=0.8)
     speed.set_yticks(list(rows), [label(r) for r in records])
+    speed.margins(y=0.02)
     speed.invert_yaxis()
     speed.set_xlabel(f"times faster, forward + backward (memory {regime}; whiskers: quartiles)")
     speed.legend(**LEGEND)

@@ -24,6 +24,7 @@ REGIMES = {
     "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
     "default": {},
 }
+FORM = 1  # of the results file; one of another form is measured anew
 RESULTS = machine.ROOT / "benchmarks" / "results"
 Say = Callable[[str], None]
 
@@ -96,10 +97,10 @@ def results_path(family: str, suffix: str = "") -> Path:
 
 
 def load(path: Path, family: str) -> dict[str, Any]:
-    """The results file, or a new one if there is none: cases measured again replace their record."""
-    if path.exists():
-        return json.loads(path.read_text())
-    return {"family": family, "machine": machine.describe(), "encoder": None, "cases": {}}
+    """The results file, or a new one if there is none of this form: cases measured again replace their record."""
+    new = {"form": FORM, "family": family, "machine": machine.describe(), "encoder": None, "cases": {}}
+    stored = json.loads(path.read_text()) if path.exists() else new
+    return stored if stored.get("form") == FORM and stored["machine"] == new["machine"] else new
 
 
 def rounded(value: Any) -> Any:

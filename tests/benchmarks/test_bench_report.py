@@ -83,6 +83,15 @@ def test_dump_is_json_with_samples_on_one_line(results):
     assert runner.rounded({"a": [1.23456, 7]}) == {"a": [1.235, 7]}
 
 
+def test_records_of_other_cases_are_kept_unless_the_file_is_of_another_form_or_machine(results, tmp_path):
+    path = tmp_path / "contrastive-a.json"
+    assert runner.load(path, "contrastive")["cases"] == {}
+    results.update(form=runner.FORM, machine=machine.describe())
+    for change, kept in (({}, True), ({"form": 0}, False), ({"machine": {"name": "another"}}, False)):
+        path.write_text(runner.dump({**results, **change}))
+        assert bool(runner.load(path, "contrastive")["cases"]) is kept
+
+
 def test_report_command_writes_table_and_plot_from_the_file(results, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "contrastive-a.json"
