@@ -9,39 +9,6 @@ namespace {
 using Optional = std::optional<Tensor>;
 using Index = std::optional<i64>;
 
-bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-// f(T{}) with the arithmetic type: double if any operand is, else float
-template <typename F>
-auto with_type(const Tensor& q, const Tensor& k, const F& f) {
-  return is_double(q) || is_double(k) ? f(double{}) : f(float{});
-}
-
-template <typename T>
-T value(const Optional& tensor, double number) {
-  if (!tensor) return static_cast<T>(number);
-  T out;
-  Operand<T>(torch::stable::reshape(*tensor, {1, 1})).load(0, 1, &out, T(1));
-  return out;
-}
-
-template <typename T>
-Tensor scalar(double x, bool wanted) {
-  if (!wanted) return empty({0}, kScalar<T>);
-  Tensor out = empty({}, kScalar<T>);
-  *data<T>(out) = static_cast<T>(x);
-  return out;
-}
-
-Tensor cast(const Tensor& x, const Tensor& like) {
-  return x.scalar_type() == like.scalar_type() ? x : torch::stable::to(x, like.scalar_type());
-}
-
-template <typename T>
-Tensor dense(const Tensor& x) {
-  return torch::stable::contiguous(x.scalar_type() == kScalar<T> ? x : torch::stable::to(x, kScalar<T>));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
     const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale, Index diagonal, Index period,
     const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,

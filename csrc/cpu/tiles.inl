@@ -228,23 +228,33 @@ LEAF void weights(const T* s, i64 ld, T* w, i64 ldw, i64 rows, i64 cols, T beta,
   }
 }
 
+// w may be s itself: each element is read before it is written
 template <typename T>
 LEAF void weights_wide(const T* s, i64 ld, T* w, i64 ldw, i64 rows, i64 cols, T beta, const T* row_ref,
                        const T* row_factor, const T* col_ref, const T* col_factor, bool add) {
   for (i64 i = 0; i < rows; ++i) {
     const T* row = s + i * ld;
     T* out = w + i * ldw;
-    if (!add) {
-      for (i64 j = 0; j < cols; ++j) out[j] = 0;
-    }
-    if (row_factor) {
-      const T a = row_factor[i], m = finite_ref(row_ref[i]);
+    const T a = row_factor ? row_factor[i] : T(0), m = row_factor ? finite_ref(row_ref[i]) : T(0);
+    if (row_factor && col_factor) {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) out[j] += a * exp_(row[j] * beta - m);
-    }
-    if (col_factor) {
+      for (i64 j = 0; j < cols; ++j) {
+        const T x = row[j] * beta;
+        const T e = a * exp_(x - m) + col_factor[j] * exp_(x - finite_ref(col_ref[j]));
+        out[j] = add ? out[j] + e : e;
+      }
+    } else if (row_factor) {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) out[j] += col_factor[j] * exp_(row[j] * beta - finite_ref(col_ref[j]));
+      for (i64 j = 0; j < cols; ++j) {
+        const T e = a * exp_(row[j] * beta - m);
+        out[j] = add ? out[j] + e : e;
+      }
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) {
+        const T e = col_factor[j] * exp_(row[j] * beta - finite_ref(col_ref[j]));
+        out[j] = add ? out[j] + e : e;
+      }
     }
   }
 }
