@@ -114,10 +114,11 @@ def reduce(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     return rows.mean() if reduction == "mean" else rows.sum()
 
 
-def row_weight(count: int, reduction: str, weight: Tensor | None) -> Tensor | float:
-    """The constants w_i of `sum_i w_i rows_i` that are `reduce(rows, reduction, weight)`."""
+def row_weight(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor | float:
+    """The constants w_i for which sum_i w_i rows_i is `reduce(rows, reduction, weight)`; any tensor like the rows does."""
     if weight is None:
-        return 1.0 / count if reduction == "mean" else 1.0
+        return 1.0 / rows.shape[0] if reduction == "mean" else 1.0
+    weight = weight.to(rows.dtype)
     return weight / weight.sum() if reduction == "mean" else weight
 
 

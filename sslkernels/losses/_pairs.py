@@ -89,7 +89,7 @@ def info_nce(
 
     shared = not rest or (rest[0].ndim == 2 and not in_batch)
     if shared and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
-        weight = common.row_weight(n, reduction, sample_weight)
+        weight = common.row_weight(positive, reduction, sample_weight)
         keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)
         loss, _, top = ops.similarity_cross_entropy(q, keys, positive, scale, weight=weight, exclude=pairs)
     else:
@@ -137,10 +137,9 @@ def _log_sum(q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: 
         return (torch.stack(lse) if beta else lse[0]), top
     if beta and not k.requires_grad:
         # one sweep for each scale instead of one for both, as only that form keeps no keys for backward
-        (hard, _, top), (weight, _) = (
-            ops.similarity_logsumexp(q, k, scale * m, pairs, columns=False, return_max=m > 1) for m in multipliers
-        )
-        return torch.stack([hard, weight]), top / (1.0 + beta)
+        hard, _, top = ops.similarity_logsumexp(q, k, scale * (1.0 + beta), pairs, columns=False, return_max=True)
+        soft, _ = ops.similarity_logsumexp(q, k, scale * beta, pairs, columns=False)
+        return torch.stack([hard, soft]), top / (1.0 + beta)
     scales = multipliers if beta else None
     lse, _, top = ops.similarity_logsumexp(q, k, scale, pairs, scales=scales, columns=False, return_max=True)
     return lse, top
@@ -256,7 +255,7 @@ def siglip_loss(
         total = (i @ t.sum(0)) * scale + n * bias  # sum_j s_ij
         rows = rows + 0.5 * label_smoothing * (2 * positive - total)
     if common.one_sweep(reduction, sample_weight):
-        weight = common.row_weight(n, reduction, sample_weight)
+        weight = common.row_weight(positive, reduction, sample_weight)
         negative = ops.similarity_softplus_sum(image, text, scale, bias, weight=weight, exclude=OTHERS)
         loss = negative + common.reduce(rows, reduction, sample_weight)
     else:

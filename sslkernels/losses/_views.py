@@ -239,14 +239,16 @@ def _flat_views(
     if features.ndim == 2 and labels is None:
         raise ValueError(f"labels may be None only for views (B, V, D), got features {tuple(features.shape)}")
     check.features(features=features.flatten(0, -2))
-    check.not_empty("features", features)
+    if 0 in features.shape[:-1]:
+        raise ValueError(f"features must not be an empty batch, got shape {tuple(features.shape)}")
     common.check_weight(sample_weight, features)
     if labels is None:
         labels = torch.arange(features.shape[0], device=features.device)
     else:
         check.vector("labels", labels, features.shape[0], features, (torch.int64,))
-        # no synchronisation with a device, no branch on data in a compiled graph: there the row becomes NaN
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool((labels < 0).any()):
+        # no synchronisation with a device, no branch on data in a graph or on fakes: there the row becomes NaN
+        plain = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and bool((labels < 0).any()):
             raise ValueError(f"labels must not be negative, got {labels.min().item()}")
     if features.ndim == 3:
         views = features.shape[1]
