@@ -63,7 +63,8 @@ auto with_type(const Tensor& q, const Tensor& k, const F& f) {
 
 template <typename T>
 T value(const std::optional<Tensor>& tensor, double number) {
-  if (!tensor) return static_cast<T>(number);
+  if (!tensor)
+    return static_cast<T>(number);
   T out;
   Operand<T>(torch::stable::reshape(*tensor, {1, 1})).load(0, 1, &out, T(1));
   return out;
@@ -71,7 +72,8 @@ T value(const std::optional<Tensor>& tensor, double number) {
 
 template <typename T>
 Tensor scalar(double x, bool wanted) {
-  if (!wanted) return empty({0}, kScalar<T>);
+  if (!wanted)
+    return empty({0}, kScalar<T>);
   Tensor out = empty({}, kScalar<T>);
   *data<T>(out) = static_cast<T>(x);
   return out;
@@ -88,7 +90,8 @@ Tensor dense(const Tensor& x) {
 
 template <typename T>
 T log_sum(T max, T sum) {
-  if (max == kNone<T>) return std::isnan(sum) ? sum : max;
+  if (max == kNone<T>)
+    return std::isnan(sum) ? sum : max;
   return max == std::numeric_limits<T>::infinity() ? max : max + std::log(sum);
 }
 
@@ -119,6 +122,8 @@ Gradients gradient_tensors(const Sweep<T>& s, bool want_q, bool want_k, bool wan
   Gradients g;
   g.q = tensor(s.n, want_q || (want_scale && !want_k));
   g.k = s.self ? g.q : tensor(s.m, want_k);
+  if (want_k && s.n == 0)
+    std::fill_n(data<T>(g.k), s.m * s.d, T(0));  // no panel will write it
   return g;
 }
 
@@ -128,13 +133,16 @@ void finish_gradients(const Sweep<T>& s, T scale, bool want_q, bool want_k, bool
   const bool by_query = g->q.dim() == 2;
   if (by_query) {
     g->scale = finish(s.q, scale, data<T>(g->q), want_scale);
-    if (s.self) g->scale /= 2;  // each pair was met from both of its ends
+    if (s.self)
+      g->scale /= 2;  // each pair was met from both of its ends
   }
   if (!s.self && want_k) {
     const double dot = finish(s.k, scale, data<T>(g->k), want_scale && !by_query);
-    if (!by_query) g->scale = dot;
+    if (!by_query)
+      g->scale = dot;
   }
-  if (!want_q && by_query) g->q = empty({0}, kScalar<T>);
+  if (!want_q && by_query)
+    g->q = empty({0}, kScalar<T>);
 }
 
 template <typename T, typename F>
@@ -159,12 +167,15 @@ OneSweepResult one_sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale
       const auto skipped = [&](Range cols) {
         for (i64 i = 0; i < rows.size(); ++i) std::fill_n(exps + i * s.m + cols.begin, cols.size(), kNone<T>);
       };
-      s.for_tiles(rows, t, [&](Range cols) {
-        T* tile = exps + cols.begin;
-        s.scores(rows, cols, s.keys(t, cols), tile, s.m);
-        s.tile.maxima(tile, s.m, rows.size(), cols.size(), tile_max, nullptr);
-        for (i64 i = 0; i < rows.size(); ++i) high[i] = std::max(high[i], tile_max[i]);
-      }, skipped);
+      s.for_tiles(
+          rows, t,
+          [&](Range cols) {
+            T* tile = exps + cols.begin;
+            s.scores(rows, cols, s.keys(t, cols), tile, s.m);
+            s.tile.maxima(tile, s.m, rows.size(), cols.size(), tile_max, nullptr);
+            for (i64 i = 0; i < rows.size(); ++i) high[i] = std::max(high[i], tile_max[i]);
+          },
+          skipped);
       const auto exponentials = [&](Range cols) {
         s.tile.exp_rows(exps + cols.begin, s.m, rows.size(), cols.size(), high, sum);
       };
@@ -192,7 +203,8 @@ OneSweepResult one_sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale
         products.add(t, rows, cols, exps + cols.begin, s.m, s.keys(t, cols), {query, rows.size(), s.d, s.d, 1});
       };
       s.for_tiles(rows, t, add, [&](Range cols) { products.skip(rows, cols); });
-      if (T* mine = products.thread_part(t)) s.tile.scale_rows(mine, s.d, mine, s.d, factor, rows.size(), s.d);
+      if (T* mine = products.thread_part(t))
+        s.tile.scale_rows(mine, s.d, mine, s.d, factor, rows.size(), s.d);
     });
     products.leave(rows);
   }

@@ -53,43 +53,47 @@ LseResult lse_forward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, c
           std::fill_n(kept + i * s.m + cols.begin, cols.size(), kNone<T>);
         }
       };
-      s.for_tiles(rows, t, [&](Range cols) {
-        const i64 nr = rows.size(), nc = cols.size();
-        const bool by_column = self ? cols.begin >= rows.end : columns;
-        T* tile = keep_scores ? kept + rows.begin * s.m + cols.begin : s.score_tile(t);
-        const i64 ld = keep_scores ? s.m : c;
-        s.scores(rows, cols, s.keys(t, cols), tile, ld);
-        s.tile.maxima(tile, ld, nr, nc, tile_row, by_column ? tile_col : nullptr);
-        for (i64 i = 0; i < nr; ++i) tops[i] = std::max(tops[i], tile_row[i]);
-        if (self && by_column) {
-          for (i64 j = 0; j < nc; ++j) top[cols.begin + j] = std::max(top[cols.begin + j], tile_col[j]);
-        }
-        T lowest = std::numeric_limits<T>::infinity(), highest = kNone<T>;
-        if (by_column) {
-          bounds(tile_row, nr, &lowest, &highest);
-          bounds(tile_col, nc, &lowest, &highest);
-        }
-        for (i64 b = 0; b < channels; ++b) {
-          const T beta = multiplier<T>(betas[b]);
-          if (by_column && highest > kNone<T> && comparable(beta * lowest, beta * highest)) {
-            s.tile.sum_exp(tile, ld, nr, nc, beta, highest, sum_row, sum_col);
-            std::fill_n(ref_row, nr, beta * highest);
-            std::fill_n(ref_col, nc, beta * highest);
-          } else {
-            s.tile.sum_exp_rows(tile, ld, nr, nc, beta, tile_row, sum_row);
-            s.tile.scale_rows(ref_row, nr, tile_row, nr, &beta, 1, nr);
-            if (by_column) {
-              s.tile.sum_exp_cols(tile, ld, nr, nc, beta, tile_col, sum_col);
-              s.tile.scale_rows(ref_col, nc, tile_col, nc, &beta, 1, nc);
+      s.for_tiles(
+          rows, t,
+          [&](Range cols) {
+            const i64 nr = rows.size(), nc = cols.size();
+            const bool by_column = self ? cols.begin >= rows.end : columns;
+            T* tile = keep_scores ? kept + rows.begin * s.m + cols.begin : s.score_tile(t);
+            const i64 ld = keep_scores ? s.m : c;
+            s.scores(rows, cols, s.keys(t, cols), tile, ld);
+            s.tile.maxima(tile, ld, nr, nc, tile_row, by_column ? tile_col : nullptr);
+            for (i64 i = 0; i < nr; ++i) tops[i] = std::max(tops[i], tile_row[i]);
+            if (self && by_column) {
+              for (i64 j = 0; j < nc; ++j) top[cols.begin + j] = std::max(top[cols.begin + j], tile_col[j]);
             }
-          }
-          s.tile.merge(nr, high + b * r, sum + b * r, ref_row, sum_row);
-          if (by_column) {
-            const i64 at = b * s.m + cols.begin;
-            s.tile.merge(nc, col_max + at, col_sum + at, ref_col, sum_col);
-          }
-        }
-      }, skipped);
+            T lowest = std::numeric_limits<T>::infinity(), highest = kNone<T>;
+            if (by_column) {
+              bounds(tile_row, nr, &lowest, &highest);
+              bounds(tile_col, nc, &lowest, &highest);
+            }
+            for (i64 b = 0; b < channels; ++b) {
+              const T beta = multiplier<T>(betas[b]);
+              s.tile.scale_rows(ref_row, nr, tile_row, nr, &beta, 1, nr);
+              if (by_column)
+                s.tile.scale_rows(ref_col, nc, tile_col, nc, &beta, 1, nc);
+              if (by_column && highest > kNone<T> && comparable(beta * lowest, beta * highest)) {
+                s.tile.sum_exp(tile, ld, nr, nc, beta, highest, sum_row, sum_col);
+                // merged by their own maxima: against that of the tile, another tile's sum could count for nothing
+                s.tile.rebase(nr, beta * highest, ref_row, sum_row);
+                s.tile.rebase(nc, beta * highest, ref_col, sum_col);
+              } else {
+                s.tile.sum_exp_rows(tile, ld, nr, nc, beta, tile_row, sum_row);
+                if (by_column)
+                  s.tile.sum_exp_cols(tile, ld, nr, nc, beta, tile_col, sum_col);
+              }
+              s.tile.merge(nr, high + b * r, sum + b * r, ref_row, sum_row);
+              if (by_column) {
+                const i64 at = b * s.m + cols.begin;
+                s.tile.merge(nc, col_max + at, col_sum + at, ref_col, sum_col);
+              }
+            }
+          },
+          skipped);
     });
     for (i64 t = 0; t < s.threads; ++t) {
       const T* mine = partial + t * (2 * channels + 1) * r;
@@ -125,43 +129,48 @@ Gradients lse_backward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, 
     s.enter(rows);
     run(s.threads, [&](i64 t) {
       T *row_factor = factors + t * (r + c), *col_factor = row_factor + r;
-      s.for_tiles(rows, t, [&](Range cols) {
-        const i64 nr = rows.size(), nc = cols.size();
-        const View<T> key = s.keys(t, cols);
-        const T* tile = s.score_tile(t);
-        i64 ld = c;
-        if (kept) {
-          tile = kept + rows.begin * s.m + cols.begin;
-          ld = s.m;
-        } else {
-          s.scores(rows, cols, key, s.score_tile(t), c);
-        }
-        T* weights = channels > 1 ? sums + t * r * c : s.score_tile(t);
-        for (i64 b = 0; b < channels; ++b) {
-          const T beta = multiplier<T>(betas[b]), weight = static_cast<T>(betas[b]);
-          const T* row_lse = row.grad ? row.lse + b * s.n + rows.begin : nullptr;
-          const T* col_lse = col.grad ? col.lse + b * s.m + cols.begin : nullptr;
-          const T* row_grad = row.grad ? row.grad + b * s.n + rows.begin : nullptr;
-          const T* col_grad = col.grad ? col.grad + b * s.m + cols.begin : nullptr;
-          T lowest = std::numeric_limits<T>::infinity(), highest = kNone<T>;
-          if (row_lse && col_lse) {
-            bounds(row_lse, nr, &lowest, &highest);
-            bounds(col_lse, nc, &lowest, &highest);
-          }
-          if (row_lse && col_lse && highest > kNone<T> && comparable(lowest, highest)) {
-            const T ref = (lowest + highest) / 2;
-            s.tile.factors(nr, ref, row_lse, row_grad, weight, row_factor);
-            s.tile.factors(nc, ref, col_lse, col_grad, weight, col_factor);
-            s.tile.weights(tile, ld, weights, c, nr, nc, beta, ref, row_factor, col_factor, b > 0);
-          } else {
-            if (row_lse) s.tile.scale_rows(row_factor, nr, row_grad, nr, &weight, 1, nr);
-            if (col_lse) s.tile.scale_rows(col_factor, nc, col_grad, nc, &weight, 1, nc);
-            s.tile.weights_wide(tile, ld, weights, c, nr, nc, beta, row_lse, row_lse ? row_factor : nullptr, col_lse,
-                                col_lse ? col_factor : nullptr, b > 0);
-          }
-        }
-        products.add(t, rows, cols, weights, c, key, s.queries(rows));
-      }, [&](Range cols) { products.skip(rows, cols); });
+      s.for_tiles(
+          rows, t,
+          [&](Range cols) {
+            const i64 nr = rows.size(), nc = cols.size();
+            const View<T> key = s.keys(t, cols);
+            const T* tile = s.score_tile(t);
+            i64 ld = c;
+            if (kept) {
+              tile = kept + rows.begin * s.m + cols.begin;
+              ld = s.m;
+            } else {
+              s.scores(rows, cols, key, s.score_tile(t), c);
+            }
+            T* weights = channels > 1 ? sums + t * r * c : s.score_tile(t);
+            for (i64 b = 0; b < channels; ++b) {
+              const T beta = multiplier<T>(betas[b]), weight = static_cast<T>(betas[b]);
+              const T* row_lse = row.grad ? row.lse + b * s.n + rows.begin : nullptr;
+              const T* col_lse = col.grad ? col.lse + b * s.m + cols.begin : nullptr;
+              const T* row_grad = row.grad ? row.grad + b * s.n + rows.begin : nullptr;
+              const T* col_grad = col.grad ? col.grad + b * s.m + cols.begin : nullptr;
+              T lowest = std::numeric_limits<T>::infinity(), highest = kNone<T>;
+              if (row_lse && col_lse) {
+                bounds(row_lse, nr, &lowest, &highest);
+                bounds(col_lse, nc, &lowest, &highest);
+              }
+              if (row_lse && col_lse && highest > kNone<T> && comparable(lowest, highest)) {
+                const T ref = (lowest + highest) / 2;
+                s.tile.factors(nr, ref, row_lse, row_grad, weight, row_factor);
+                s.tile.factors(nc, ref, col_lse, col_grad, weight, col_factor);
+                s.tile.weights(tile, ld, weights, c, nr, nc, beta, ref, row_factor, col_factor, b > 0);
+              } else {
+                if (row_lse)
+                  s.tile.scale_rows(row_factor, nr, row_grad, nr, &weight, 1, nr);
+                if (col_lse)
+                  s.tile.scale_rows(col_factor, nc, col_grad, nc, &weight, 1, nc);
+                s.tile.weights_wide(tile, ld, weights, c, nr, nc, beta, row_lse, row_lse ? row_factor : nullptr,
+                                    col_lse, col_lse ? col_factor : nullptr, b > 0);
+              }
+            }
+            products.add(t, rows, cols, weights, c, key, s.queries(rows));
+          },
+          [&](Range cols) { products.skip(rows, cols); });
     });
     products.leave(rows);
   }
@@ -186,24 +195,29 @@ AttentionResult attention(const Tensor& q_tensor, const Tensor& k_tensor, T scal
       std::fill_n(ref, r, kNone<T>);
       std::fill_n(best, r, kNone<T>);
       std::fill_n(sum, r, T(0));
-      s.for_tiles(rows, t, [&](Range cols) {
-        const View<T> key = s.keys(t, cols);
-        T* tile = s.score_tile(t);
-        s.scores(rows, cols, key, tile, s.tile_cols);
-        s.tile.maxima(tile, s.tile_cols, rows.size(), cols.size(), high, nullptr);
-        T* context = products.thread_part(t);
-        for (i64 i = 0; i < rows.size(); ++i) {
-          best[i] = std::max(best[i], high[i]);
-          // a reference up to 8 below the maximum costs no accuracy and spares most of the rescaling
-          if (!(high[i] > ref[i] + 8)) continue;
-          const T shrink = std::exp(ref[i] - high[i]);
-          ref[i] = high[i];
-          sum[i] *= shrink;
-          if (context) s.tile.scale_rows(context + i * d, d, context + i * d, d, &shrink, 1, d);
-        }
-        s.tile.exp_rows(tile, s.tile_cols, rows.size(), cols.size(), ref, sum);
-        products.add(t, rows, cols, tile, s.tile_cols, key, s.queries(rows));
-      }, [](Range) {});
+      s.for_tiles(
+          rows, t,
+          [&](Range cols) {
+            const View<T> key = s.keys(t, cols);
+            T* tile = s.score_tile(t);
+            s.scores(rows, cols, key, tile, s.tile_cols);
+            s.tile.maxima(tile, s.tile_cols, rows.size(), cols.size(), high, nullptr);
+            T* context = products.thread_part(t);
+            for (i64 i = 0; i < rows.size(); ++i) {
+              best[i] = std::max(best[i], high[i]);
+              // a reference up to 8 below the maximum costs no accuracy and spares most of the rescaling
+              if (!(high[i] > ref[i] + 8))
+                continue;
+              const T shrink = std::exp(ref[i] - high[i]);
+              ref[i] = high[i];
+              sum[i] *= shrink;
+              if (context)
+                s.tile.scale_rows(context + i * d, d, context + i * d, d, &shrink, 1, d);
+            }
+            s.tile.exp_rows(tile, s.tile_cols, rows.size(), cols.size(), ref, sum);
+            products.add(t, rows, cols, tile, s.tile_cols, key, s.queries(rows));
+          },
+          [](Range) {});
     });
     for (i64 i = 0; i < rows.size(); ++i) {
       T high = kNone<T>, best = kNone<T>, sum = 0;
@@ -220,18 +234,19 @@ AttentionResult attention(const Tensor& q_tensor, const Tensor& k_tensor, T scal
       }
     }
     run(s.threads, [&](i64 t) {
-      if (T* mine = products.thread_part(t)) s.tile.scale_rows(mine, d, mine, d, sums + t * r, rows.size(), d);
+      if (T* mine = products.thread_part(t))
+        s.tile.scale_rows(mine, d, mine, d, sums + t * r, rows.size(), d);
     });
     products.leave(rows);
   }
   return out;
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template LseResult lse_forward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&,    \
-                                    bool, bool, bool);                                                                \
-  template Gradients lse_backward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&,   \
-                                     Side<T>, Side<T>, const T*, bool, bool, bool, bool);                             \
+#define INSTANTIATE(T)                                                                                              \
+  template LseResult lse_forward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&,  \
+                                    bool, bool, bool);                                                              \
+  template Gradients lse_backward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&, \
+                                     Side<T>, Side<T>, const T*, bool, bool, bool, bool);                           \
   template AttentionResult attention<T>(const Tensor&, const Tensor&, T, const Exclusion&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -30,6 +30,8 @@ struct Tiles {
   void (*sum_exp_cols)(const T* s, i64 ld, i64 rows, i64 cols, T beta, const T* ref, T* col_sum);
   // s = exp(s - ref_i) in place, row_sum_i += its sum
   void (*exp_rows)(T* s, i64 ld, i64 rows, i64 cols, const T* ref, T* row_sum);
+  // sum *= exp(ref - own): what was summed against ref is now a sum against own; where own is -inf it stays
+  void (*rebase)(i64 n, T ref, const T* own, T* sum);
   // sum exp(max) += tile_sum exp(tile_max), element by element
   void (*merge)(i64 n, T* max, T* sum, const T* tile_max, const T* tile_sum);
   // out = weight exp(ref - lse), zero where lse is -inf
@@ -58,7 +60,8 @@ struct Tiles {
   void (*exp)(const T* x, T* out, i64 n);
 };
 
-// The widest level that this processor runs and no cap forbids. SSLKERNELS_CPU_LEVEL (baseline, v3, v4) is the first cap.
+// The widest level that this processor runs and no cap forbids. SSLKERNELS_CPU_LEVEL (baseline, v3, v4) is the first
+// cap.
 Level level();
 void set_level(Level cap);
 

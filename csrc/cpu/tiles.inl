@@ -192,6 +192,15 @@ LEAF void exp_rows(T* s, i64 ld, i64 rows, i64 cols, const T* ref, T* row_sum) {
 }
 
 template <typename T>
+LEAF void rebase(i64 n, T ref, const T* own, T* sum) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) {
+    const T moved = sum[i] * exp_(ref - own[i]);
+    sum[i] = own[i] == -std::numeric_limits<T>::infinity() ? sum[i] : moved;
+  }
+}
+
+template <typename T>
 LEAF void merge(i64 n, T* max, T* sum, const T* tile_max, const T* tile_sum) {
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) {
@@ -368,10 +377,14 @@ INLINE void load_as(const void* data, i64 row_stride, i64 col_stride, T* dst, i6
 template <typename T>
 LEAF void load(const void* src, Dtype dtype, i64 row_stride, i64 col_stride, T* dst, i64 rows, i64 cols, T factor) {
   switch (dtype) {
-    case Dtype::kFloat: return load_as<float>(src, row_stride, col_stride, dst, rows, cols, factor);
-    case Dtype::kDouble: return load_as<double>(src, row_stride, col_stride, dst, rows, cols, factor);
-    case Dtype::kBFloat16: return load_as<BFloat16>(src, row_stride, col_stride, dst, rows, cols, factor);
-    case Dtype::kHalf: return load_as<Half>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kFloat:
+      return load_as<float>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kDouble:
+      return load_as<double>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kBFloat16:
+      return load_as<BFloat16>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kHalf:
+      return load_as<Half>(src, row_stride, col_stride, dst, rows, cols, factor);
   }
 }
 
@@ -383,10 +396,10 @@ LEAF void exp_all(const T* x, T* out, i64 n) {
 
 template <typename T>
 constexpr Tiles<T> table() {
-  return {exclude_groups<T>, exclude_columns<T>, maxima<T>,       sum_exp<T>,      sum_exp_rows<T>,
-          sum_exp_cols<T>,   exp_rows<T>,        merge<T>,  factors<T>,      weights<T>,      weights_wide<T>,
-          softplus<T>,       softplus_weights<T>, add<T>,          scale_rows<T>,   dot<T>,
-          axpy<T>,           load<T>,            exp_all<T>};
+  return {exclude_groups<T>, exclude_columns<T>,  maxima<T>, sum_exp<T>,    sum_exp_rows<T>, sum_exp_cols<T>,
+          exp_rows<T>,       rebase<T>,           merge<T>,  factors<T>,    weights<T>,      weights_wide<T>,
+          softplus<T>,       softplus_weights<T>, add<T>,    scale_rows<T>, dot<T>,          axpy<T>,
+          load<T>,           exp_all<T>};
 }
 
 #undef LEAF
