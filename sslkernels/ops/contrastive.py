@@ -4,7 +4,8 @@
 The N x M matrix is swept in tiles and not stored (below 4 MiB it is kept for backward, which is faster). Features may be
 float32, float64, bfloat16 or float16, mixed and strided; arithmetic is float32 (float64 if any is float64), and so are
 the results. `scale` and `bias` are Python numbers or tensors of one element, which then get their gradient. Under
-autocast features are cast and nothing else is. Double backward raises. NaN in gives NaN out.
+autocast features are cast and nothing else is. Double backward raises. NaN and inf propagate as in torch.logsumexp, but
+where both meet in a row the log-sum-exp is inf.
 Definitions in plain PyTorch: `sslkernels.reference.contrastive`.
 """
 
@@ -301,7 +302,7 @@ def sampled_logsumexp(
     Args:
         q: queries, (N, D).
         k: keys, (M, D).
-        indices: (N, C) int64 in [0, M). Outside: IndexError on the CPU, NaN in that row on CUDA.
+        indices: (N, C) int64 in [0, M). Outside: RuntimeError on the CPU, NaN in that row on CUDA.
         mask: (N, C) bool; a row without a sample has -inf and no gradient.
 
     Returns:
@@ -309,7 +310,7 @@ def sampled_logsumexp(
 
     Raises:
         ValueError, TypeError: as in `similarity_logsumexp`; indices or mask of another shape or dtype.
-        IndexError: an index outside the keys.
+        RuntimeError: an index outside the keys.
 
     Example:
         >>> q, k = torch.randn(8, 16), torch.randn(100, 16)
