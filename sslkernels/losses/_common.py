@@ -115,7 +115,7 @@ def reduce(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
 
 
 def row_weight(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor | float:
-    """The constants w_i for which sum_i w_i rows_i is `reduce(rows, reduction, weight)`; any tensor like the rows does."""
+    """The constants w_i for which sum_i w_i rows_i = reduce(rows, reduction, weight); `rows`: any tensor like them."""
     if weight is None:
         return 1.0 / rows.shape[0] if reduction == "mean" else 1.0
     weight = weight.to(rows.dtype)
