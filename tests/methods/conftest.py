@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -85,6 +87,24 @@ class Training:
 @pytest.fixture
 def training() -> Callable[..., Training]:
     return Training
+
+
+class Trained(NamedTuple):
+    run: Training
+    untrained: float  # kNN accuracy before
+    losses: list[float]
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[str], Trained]:
+    """A method after 150 steps: made once, for tests that only look at it."""
+
+    @functools.cache
+    def train(name: str) -> Trained:
+        run = Training(name)
+        return Trained(run, run.knn(), run.run(150))
+
+    return train
 
 
 @pytest.fixture

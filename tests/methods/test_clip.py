@@ -41,10 +41,9 @@ def test_clamps_the_scale_after_the_step_only(training, value, clamped):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_names_digits_without_a_label(training, name):
+def test_names_digits_without_a_label(trained, name):
     """Zero-shot: the nearest of the ten captions of one template names a held-out digit."""
-    run = training(name)
-    run.run(150)
+    run = trained(name).run
     run.method.eval()
     template = [data.CAPTION_VOCABULARY.index(word) for word in ["a", "photo", "of", "the", "number"]]
     texts = torch.tensor([[*template, data.CAPTION_VOCABULARY.index(digit)] for digit in run.digits.classes])

@@ -111,7 +111,7 @@ def test_learns_the_photographs():
     """Crops of 16 photographs, held-out crops from another part of each."""
     from sslkernels.evaluation import extract_features, knn_accuracy
 
-    photos = data.photographs(train_crops=32, test_crops=16)
+    photos = data.photographs(size=16, train_crops=32, test_crops=16)
     torch.manual_seed(0)
     method = MoCo(ResidualCNN(channels=(16, 32, 64)), queue_size=512, momentum=0.99)
 

@@ -15,10 +15,8 @@ KEPT = {"simclr": 0.5, "moco": 0.75, "clip": 0.7, "siglip": 0.7}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_learns(training, name):
-    run = training(name)
-    untrained = run.knn()
-    losses = run.run(150)
+def test_learns(trained, name):
+    run, untrained, losses = trained(name)
     assert sum(losses[-5:]) / 5 < KEPT[name] * max(losses)
     assert run.knn() > max(untrained + 0.05, 0.94)
 
