@@ -174,6 +174,7 @@ class BuildKernels(build_ext):
             sys.exit(
                 "sslkernels: a kernel did not compile (see above); SSLKERNELS_CPU=0 or SSLKERNELS_CUDA=0 skips them"
             )
+        self.mkpath("sslkernels/lib")  # where an editable build copies to
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             self.mkpath(str(target.parent))
