@@ -9,62 +9,80 @@ namespace {
 using Optional = std::optional<Tensor>;
 using Index = std::optional<i64>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
-    const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale, Index diagonal, Index period,
+template <typename T>
+Tensor positives(const Tensor& q, const Tensor& k, T scale, Index offset) {
+  return offset ? positive_scores<T>(q, k, scale, *offset) : empty({0}, kScalar<T>);
+}
+
+template <typename T>
+void add_positives(const Optional& grad, const Tensor& q, const Tensor& k, T scale, Index offset, bool want_scale,
+                   bool self, Gradients* g) {
+  if (!grad) return;
+  const Tensor weights = dense<T>(*grad);
+  g->scale += add_positive_gradients<T>(q, k, scale, *offset, data<T>(weights), g->q.dim() == 2 ? data<T>(g->q) : nullptr,
+                                        g->k.dim() == 2 ? data<T>(g->k) : nullptr, self, want_scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
+    const Tensor& q, const Tensor& k, const Optional& scale_tensor, double scale_number, Index diagonal, Index period,
     const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
-    std::vector<double> scales, bool columns, bool keep_scores) {
+    std::vector<double> scales, bool columns, bool keep_scores, Index offset) {
   const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
   return with_type(q, k, [&](auto zero) {
     using T = decltype(zero);
-    LseResult out =
-        lse_forward<T>(q, k, value<T>(scale_tensor, scale), exclusion, scales, columns, keep_scores, false);
-    return std::make_tuple(out.row, out.col, out.top, out.scores);
+    const T scale = value<T>(scale_tensor, scale_number);
+    LseResult out = lse_forward<T>(q, k, scale, exclusion, scales, columns, keep_scores, false);
+    return std::make_tuple(out.row, out.col, positives<T>(q, k, scale, offset), out.top, out.scores);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
-    const Optional& grad_row, const Optional& grad_col, const Tensor& q, const Tensor& k,
-    const Optional& scale_tensor, double scale, Index diagonal, Index period, const Optional& query_groups,
-    const Optional& key_groups, const Optional& key_mask, bool differ, std::vector<double> scales,
-    const Tensor& row_lse, const Tensor& col_lse, const Tensor& scores, std::vector<bool> mask) {
+    const Optional& grad_row, const Optional& grad_col, const Optional& grad_positive, const Tensor& q,
+    const Tensor& k, const Optional& scale_tensor, double scale_number, Index diagonal, Index period,
+    const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
+    std::vector<double> scales, Index offset, const Tensor& row_lse, const Tensor& col_lse, const Tensor& scores,
+    std::vector<bool> mask) {
   const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
   return with_type(q, k, [&](auto zero) {
     using T = decltype(zero);
+    const T scale = value<T>(scale_tensor, scale_number);
     const Optional row = grad_row ? Optional(dense<T>(*grad_row)) : std::nullopt;
     const Optional col = grad_col ? Optional(dense<T>(*grad_col)) : std::nullopt;
-    Gradients g = lse_backward<T>(
-        q, k, value<T>(scale_tensor, scale), exclusion, scales,
-        row ? Side<T>{data<T>(row_lse), data<T>(*row)} : Side<T>{},
-        col ? Side<T>{data<T>(col_lse), data<T>(*col)} : Side<T>{}, scores.dim() == 2 ? data<T>(scores) : nullptr,
-        false, mask[0], mask[1], mask[2]);
+    Gradients g = lse_backward<T>(q, k, scale, exclusion, scales,
+                                  row ? Side<T>{data<T>(row_lse), data<T>(*row)} : Side<T>{},
+                                  col ? Side<T>{data<T>(col_lse), data<T>(*col)} : Side<T>{},
+                                  scores.dim() == 2 ? data<T>(scores) : nullptr, false, mask[0], mask[1], mask[2]);
+    add_positives<T>(grad_positive, q, k, scale, offset, mask[2], false, &g);
     return std::make_tuple(cast(g.q, q), cast(g.k, k), scalar<T>(g.scale, mask[2]));
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> self_similarity_logsumexp(const Tensor& z, const Optional& scale_tensor,
-                                                             double scale, Index diagonal, Index period,
-                                                             const Optional& groups, const Optional& key_mask,
-                                                             bool differ, std::vector<double> scales,
-                                                             bool keep_scores) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_similarity_logsumexp(
+    const Tensor& z, const Optional& scale_tensor, double scale_number, Index diagonal, Index period,
+    const Optional& groups, const Optional& key_mask, bool differ, std::vector<double> scales, bool keep_scores,
+    Index offset) {
   const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
   return with_type(z, z, [&](auto zero) {
     using T = decltype(zero);
-    LseResult out = lse_forward<T>(z, z, value<T>(scale_tensor, scale), exclusion, scales, false, keep_scores, true);
-    return std::make_tuple(out.row, out.top, out.scores);
+    const T scale = value<T>(scale_tensor, scale_number);
+    LseResult out = lse_forward<T>(z, z, scale, exclusion, scales, false, keep_scores, true);
+    return std::make_tuple(out.row, positives<T>(z, z, scale, offset), out.top, out.scores);
   });
 }
 
 std::tuple<Tensor, Tensor> self_similarity_logsumexp_backward(
-    const Tensor& grad, const Tensor& z, const Optional& scale_tensor, double scale, Index diagonal, Index period,
-    const Optional& groups, const Optional& key_mask, bool differ, std::vector<double> scales, const Tensor& lse,
-    const Tensor& scores, std::vector<bool> mask) {
+    const Optional& grad, const Optional& grad_positive, const Tensor& z, const Optional& scale_tensor,
+    double scale_number, Index diagonal, Index period, const Optional& groups, const Optional& key_mask, bool differ,
+    std::vector<double> scales, Index offset, const Tensor& lse, const Tensor& scores, std::vector<bool> mask) {
   const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
   return with_type(z, z, [&](auto zero) {
     using T = decltype(zero);
-    const Tensor weights = dense<T>(grad);
-    const Side<T> side{data<T>(lse), data<T>(weights)};
-    Gradients g = lse_backward<T>(z, z, value<T>(scale_tensor, scale), exclusion, scales, side, side,
+    const T scale = value<T>(scale_tensor, scale_number);
+    const Optional weights = grad ? Optional(dense<T>(*grad)) : std::nullopt;
+    const Side<T> side = weights ? Side<T>{data<T>(lse), data<T>(*weights)} : Side<T>{};
+    Gradients g = lse_backward<T>(z, z, scale, exclusion, scales, side, side,
                                   scores.dim() == 2 ? data<T>(scores) : nullptr, true, mask[0], false, mask[1]);
+    add_positives<T>(grad_positive, z, z, scale, offset, mask[1], true, &g);
     return std::make_tuple(cast(g.q, z), scalar<T>(g.scale, mask[1]));
   });
 }

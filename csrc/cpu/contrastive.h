@@ -39,6 +39,16 @@ struct AttentionResult {
 template <typename T>
 AttentionResult attention(const Tensor& q, const Tensor& k, T scale, const Exclusion& exclusion);
 
+// scale <q_i, k_j> with j = i + offset modulo the keys, (N,)
+template <typename T>
+Tensor positive_scores(const Tensor& q, const Tensor& k, T scale, i64 offset);
+
+// Adds what comes through positive_scores to dq and dk (null where not wanted; of a self-similarity to dq alone), and
+// returns its part of dscale.
+template <typename T>
+double add_positive_gradients(const Tensor& q, const Tensor& k, T scale, i64 offset, const T* grad, T* dq, T* dk,
+                              bool self, bool want_scale);
+
 // One panel of exponentials at a time: row log-sum-exps, then all gradients, from one product q k^T. `slope` maps a
 // row's log-sum-exp to the weight of its gradient.
 struct OneSweepResult {

@@ -121,6 +121,15 @@ Gradients lse_backward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, 
   Gradients out = gradient_tensors(s, want_q, want_k, want_scale);
   T* u_q = out.q.dim() == 2 ? data<T>(out.q) : nullptr;
   T* u_k = self ? u_q : want_k ? data<T>(out.k) : nullptr;
+  if (!row.grad && !col.grad) {
+    if (u_q)
+      std::fill_n(u_q, s.n * s.d, T(0));
+    if (u_k)
+      std::fill_n(u_k, s.m * s.d, T(0));
+    if (!want_q)
+      out.q = empty({0}, kScalar<T>);
+    return out;
+  }
   Products<T> products(s, u_q, u_k);
   Buffer<T> factors(s.threads * (r + c)), sums(channels > 1 ? s.threads * r * c : 0);
 

@@ -3,6 +3,7 @@
 
 from sslkernels.ops.contrastive import (
     Exclude,
+    l2_normalize,
     sampled_logsumexp,
     self_similarity_logsumexp,
     similarity_cross_entropy,
@@ -13,6 +14,7 @@ from sslkernels.ops.contrastive import (
 
 __all__ = [
     "Exclude",
+    "l2_normalize",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",

@@ -26,6 +26,7 @@ from sslkernels.reference.contrastive import NOTHING, Exclude, compute_dtype, sy
 
 __all__ = [
     "Exclude",
+    "l2_normalize",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",
@@ -75,6 +76,34 @@ def _keep(n: int, m: int, wanted: Sequence[bool], dtype: torch.dtype) -> bool:
     return any(wanted) and n * m * dtype.itemsize <= KEPT_BYTES
 
 
+def l2_normalize(*xs: Tensor, eps: float = 1e-12) -> Tensor:
+    """Rows of unit length, the tensors one below the other: cat and normalize in one pass, with one backward.
+
+        z_i = x_i / max(|x_i|, eps)
+
+    Args:
+        xs: (N_1, D), (N_2, D), ...: one dtype and device. 16-bit rows are normalised in float32 and rounded once.
+
+    Returns:
+        z, (N_1 + N_2 + ..., D), dense, in the dtype of xs.
+
+    Raises:
+        ValueError, TypeError: no tensor; one of another rank, width, dtype or device.
+
+    Example:
+        >>> l2_normalize(torch.randn(8, 16), torch.randn(8, 16)).shape
+        torch.Size([16, 16])
+    """
+    if not xs:
+        raise ValueError("xs must hold at least one tensor, got none")
+    check.features(**{f"xs[{i}]": x for i, x in enumerate(xs)})
+    for i, x in enumerate(xs):
+        if x.dtype != xs[0].dtype:
+            raise TypeError(f"xs[{i}] must have the dtype of xs[0] ({xs[0].dtype}), got {x.dtype}")
+    check.positive("eps", eps)
+    return op.normalize(xs, eps)[0]
+
+
 def similarity_logsumexp(
     q: Tensor,
     k: Tensor,
@@ -83,6 +112,7 @@ def similarity_logsumexp(
     *,
     scales: Sequence[float] | None = None,
     columns: bool = True,
+    return_positive: bool = False,
     return_max: bool = False,
     autocast: bool = True,
 ) -> Any:
@@ -100,10 +130,12 @@ def similarity_logsumexp(
         scales: multipliers beta >= 0 of s; the results then have a first axis, one row a beta, from one product q k^T.
         columns: False leaves col_lse out (None in its place). Where k then needs no gradient, the gradient of q is
             emitted by the forward sweep and k is not saved: it may be overwritten before backward (a queue).
+        return_positive: also return positive_i = s_ij at j = i + exclude.diagonal, (N,): the pairs that a softmax loss
+            keeps out of the sweep. Needs 0 <= diagonal <= M - N, no period.
         return_max: also return max_j s_ij, (N,), detached.
 
     Returns:
-        row_lse (N,), col_lse (M,) or None, and the row maxima if asked for.
+        row_lse (N,), col_lse (M,) or None, then the positives and the row maxima if asked for.
 
     Raises:
         ValueError, TypeError: an argument of another rank, width, dtype or device; a number that is not finite.
@@ -117,16 +149,21 @@ def similarity_logsumexp(
     _check(q, k, exclude, scale=scale)
     multipliers = _multipliers(scales)
     q, k = cast_features(q, k, autocast=autocast)
+    offset = exclude.diagonal if return_positive else None
+    if return_positive and (offset is None or exclude.period or not 0 <= offset <= k.shape[0] - q.shape[0]):
+        raise ValueError(
+            f"return_positive needs exclude.diagonal in [0, {k.shape[0] - q.shape[0]}] and no period, got {offset}"
+        )
     pair, wanted = _split(scale), _wanted(q, k, scale)
-    if not columns and scales is None and not wanted[1] and any(wanted):
+    if not columns and scales is None and not return_positive and not wanted[1] and any(wanted):
         row, top, _ = op.attention(q, k, *pair, *exclude)
         return (row, None, top) if return_max else (row, None)
     kept = _keep(q.shape[0], k.shape[0], wanted, compute_dtype(q, k))
-    row, col, top, _ = op.lse(q, k, *pair, *exclude, multipliers, columns, kept)
+    row, col, positive, top, _ = op.lse(q, k, *pair, *exclude, multipliers, columns, kept, offset)
     if scales is None:
         row, col = row[0], col[0] if columns else None
-    col = col if columns else None
-    return (row, col, top) if return_max else (row, col)
+    out = (row, col if columns else None)
+    return out + (positive,) * return_positive + (top,) * return_max
 
 
 def self_similarity_logsumexp(
@@ -135,6 +172,7 @@ def self_similarity_logsumexp(
     exclude: Exclude = SELF,
     *,
     scales: Sequence[float] | None = None,
+    return_positive: bool = False,
     return_max: bool = False,
     autocast: bool = True,
 ) -> Any:
@@ -149,9 +187,10 @@ def self_similarity_logsumexp(
         z: features, (M, D).
         scale, scales, return_max: as in `similarity_logsumexp`.
         exclude: diagonal must be 0 or None, key_groups None; key_mask leaves a row out as query and as key.
+        return_positive: also return each row's score with its partner, the row exclude.period further (of 2 periods).
 
     Returns:
-        lse (M,), and the row maxima (M,) if asked for.
+        lse (M,), then the positives (M,) and the row maxima (M,) if asked for.
 
     Raises:
         ValueError, TypeError: as in `similarity_logsumexp`; a rule that is not symmetric.
@@ -171,9 +210,13 @@ def self_similarity_logsumexp(
     (z,) = cast_features(z, autocast=autocast)
     kept = _keep(z.shape[0], z.shape[0], _wanted(z, scale), compute_dtype(z))
     pairs = (exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ)
-    lse, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept)
+    if return_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
+        raise ValueError(f"return_positive needs z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")
+    offset = exclude.period if return_positive else None
+    lse, positive, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept, offset)
     lse = lse[0] if scales is None else lse
-    return (lse, top) if return_max else lse
+    out = (lse,) + (positive,) * return_positive + (top,) * return_max
+    return out if len(out) > 1 else lse
 
 
 def similarity_cross_entropy(

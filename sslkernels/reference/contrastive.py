@@ -65,6 +65,18 @@ def logsumexp(s: Tensor, dim: int) -> Tensor:
     return torch.logsumexp(s.masked_fill(empty.unsqueeze(dim), 0.0), dim).masked_fill(empty, -torch.inf)
 
 
+def l2_normalize(xs: Sequence[Tensor], eps: float = 1e-12) -> Tensor:
+    """Rows divided by max(norm, eps), one tensor below the other; 16-bit rows are rounded once."""
+    x = torch.cat(list(xs))
+    return F.normalize(x.to(compute_dtype(x)), dim=1, eps=eps).to(x.dtype)
+
+
+def positives(q: Tensor, k: Tensor, scale: Tensor | float, offset: int) -> Tensor:
+    """positive_i = s_ij with j = i + offset modulo M. (N,)"""
+    partner = k.roll(-offset, 0)[: q.shape[0]]
+    return (q.to(compute_dtype(q, k)) * partner).sum(1) * scale
+
+
 def similarity_logsumexp(
     q: Tensor,
     k: Tensor,
@@ -166,40 +178,57 @@ def _product_gradients(w: Tensor, q: Tensor, k: Tensor, scale: Tensor | float, m
 
 
 def lse_forward(q, k, scale_tensor, scale, *rest):  # type: ignore[no-untyped-def]
-    *pairs, scales, columns, keep_scores = rest
-    s = scores(q, k, _scale(scale_tensor, scale), Exclude(*pairs))
+    *pairs, scales, columns, keep_scores, offset = rest
+    scale = _scale(scale_tensor, scale)
+    s = scores(q, k, scale, Exclude(*pairs))
     none = s.new_empty(0)
     row = torch.stack([logsumexp(_times(s, beta), 1) for beta in scales])
     col = torch.stack([logsumexp(_times(s, beta), 0) for beta in scales]) if columns else none
-    return row, col, _row_max(s), s if keep_scores else none
+    positive = none if offset is None else positives(q, k, scale, offset)
+    return row, col, positive, _row_max(s), s if keep_scores else none
 
 
-def lse_backward(grad_row, grad_col, q, k, scale_tensor, scale, *rest):  # type: ignore[no-untyped-def]
-    *pairs, scales, row_lse, col_lse, _, mask = rest
+def _positive_gradients(grad, q, k, scale, offset, into):  # type: ignore[no-untyped-def]
+    """Adds to (dq, dk, dscale), where they are wanted, what comes through positive_i = scale <q_i, k_(i + offset)>."""
+    if grad is None:
+        return into
+    dtype = grad.dtype
+    partner = k.roll(-offset, 0)[: q.shape[0]].to(dtype)
+    back = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    back[: q.shape[0]] = grad[:, None] * q.to(dtype) * scale
+    extra = grad[:, None] * partner * scale, back.roll(offset, 0), (grad * (q.to(dtype) * partner).sum(1)).sum()
+    return tuple(x if x.numel() == 0 else (x + e).to(x.dtype) for x, e in zip(into, extra))
+
+
+def lse_backward(grad_row, grad_col, grad_positive, q, k, scale_tensor, scale, *rest):  # type: ignore[no-untyped-def]
+    *pairs, scales, offset, row_lse, col_lse, _, mask = rest
     scale = _scale(scale_tensor, scale)
     s = scores(q, k, scale, Exclude(*pairs))
-    w = _weights(s, row_lse, grad_row, scales, 1) + _weights(s, col_lse, grad_col, scales, 0)
-    return _product_gradients(w, q, k, scale, mask)
+    w = _weights(s, row_lse, grad_row, scales, 1) + _weights(s, col_lse, grad_col, scales, 0) + torch.zeros_like(s)
+    return _positive_gradients(grad_positive, q, k, scale, offset, _product_gradients(w, q, k, scale, mask))
 
 
-def self_lse_forward(z, scale_tensor, scale, diagonal, period, groups, key_mask, differ, scales, keep_scores):  # type: ignore[no-untyped-def]
+def self_lse_forward(z, scale_tensor, scale, diagonal, period, groups, key_mask, differ, *rest):  # type: ignore[no-untyped-def]
+    scales, keep_scores, offset = rest
     pairs = (diagonal, period, groups, groups, key_mask, differ)
-    lse, _, top, s = lse_forward(z, z, scale_tensor, scale, *pairs, scales, False, keep_scores)
+    lse, _, positive, top, s = lse_forward(z, z, scale_tensor, scale, *pairs, scales, False, keep_scores, offset)
     if key_mask is not None:
         lse, top = lse.masked_fill(~key_mask, -torch.inf), top.masked_fill(~key_mask, -torch.inf)
         s = s.masked_fill(~key_mask[:, None], -torch.inf) if keep_scores else s
-    return lse, top, s
+    return lse, positive, top, s
 
 
-def self_lse_backward(grad, z, scale_tensor, scale, diagonal, period, groups, key_mask, differ, *rest):  # type: ignore[no-untyped-def]
-    scales, lse, _, mask = rest
+def self_lse_backward(grad, grad_positive, z, scale_tensor, scale, diagonal, period, groups, key_mask, differ, *rest):  # type: ignore[no-untyped-def]
+    scales, offset, lse, _, mask = rest
     scale = _scale(scale_tensor, scale)
     s = scores(z, z, scale, Exclude(diagonal, period, groups, groups, key_mask, differ))
     if key_mask is not None:
         s = s.masked_fill(~key_mask[:, None], -torch.inf)
-    w = _weights(s, lse, grad, scales, 1)
-    dq, _, dscale = _product_gradients(w, z, z, scale, (False, False, mask[1]))
-    return _product_gradients(w + w.T, z, z, scale, (mask[0], False, False))[0] if mask[0] else dq, dscale
+    w = _weights(s, lse, grad, scales, 1) + torch.zeros_like(s)
+    wide = z.to(w.dtype)
+    dz, dk, dscale = _product_gradients(w, wide, wide, scale, (mask[0], mask[0], mask[1]))
+    dz, dk, dscale = _positive_gradients(grad_positive, wide, wide, scale, offset, (dz, dk, dscale))
+    return (dz + dk).to(z.dtype), dscale
 
 
 def attention_forward(q, k, scale_tensor, scale, *pairs):  # type: ignore[no-untyped-def]
@@ -259,3 +288,14 @@ def sampled_backward(grad, q, k, indices, sample_mask, scale_tensor, scale, lse,
         flat = torch.einsum("nc,nd->ncd", w, qc * scale).flatten(0, 1)
         dk = torch.zeros(k.shape, dtype=lse.dtype, device=k.device).index_add(0, indices.flatten(), flat).to(k.dtype)
     return (wk * scale).to(q.dtype) if mask[0] else none, dk, (qc * wk).sum() if mask[2] else none
+
+
+def normalize_forward(xs, eps):  # type: ignore[no-untyped-def]
+    x = torch.cat(list(xs))
+    return l2_normalize(xs, eps), torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=1)
+
+
+def normalize_backward(grad, z, norm, eps):  # type: ignore[no-untyped-def]
+    g, zc = grad.to(norm.dtype), z.to(norm.dtype)
+    along = ((g * zc).sum(1) * (norm > eps))[:, None] * zc
+    return ((g - along) / norm.clamp(min=eps)[:, None]).to(z.dtype)
