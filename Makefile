@@ -34,11 +34,11 @@ info: $(VENV)/.built
 # One wheel, built here, must serve another torch: 2.11.0, whose PyPI build is the CUDA one (several GB to download).
 compat: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	rm -rf $(COMPAT)
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(COMPAT) .
+	SSLKERNELS_CPU=1 SSLKERNELS_CUDA=1 $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(COMPAT) .
 	$(COMPAT_PYTHON) -m venv $(COMPAT)/venv
 	$(COMPAT)/venv/bin/python -m pip install --quiet torch==2.11.0 -r requirements-demo.txt -r requirements-test.txt $(COMPAT)/*.whl
 	cd $(COMPAT) && venv/bin/python -m sslkernels info
-	cd $(COMPAT) && venv/bin/python -c "from sslkernels import _library; assert not _library.PROBLEMS, _library.PROBLEMS"
+	cd $(COMPAT) && venv/bin/python -c "from sslkernels import _library as l, info; assert not l.PROBLEMS, l.PROBLEMS; assert info.serves('ema_update_', 'cuda') == 'compiled'"
 	cd $(COMPAT) && venv/bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider ../../tests/ops $(ARGS)
 
 clean:

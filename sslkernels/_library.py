@@ -69,9 +69,10 @@ def _load(device: str) -> str:
     except OSError as error:
         return f"{path(device).name} cannot be loaded ({error.__cause__ or error})"
     COMPILED[device] = {name for name in OPS if has_kernel(name, device)} - before
-    if device == "cuda" and not COMPILED[device]:
+    if device == "cuda":
         runtime, driver = cuda_versions()
-        return f"the NVIDIA driver supports CUDA {driver}, and the kernels were built with CUDA {runtime}"
+        if driver and int(driver.split(".")[0]) < int(runtime.split(".")[0]):  # then it has registered nothing
+            return f"the NVIDIA driver supports CUDA {driver}, and the kernels were built with CUDA {runtime}"
     return ""
 
 
