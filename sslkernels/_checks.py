@@ -63,7 +63,7 @@ def number(name: str, x: Any, like: Tensor) -> None:
             raise ValueError(f"{name} must be on {like.device}, got {x.device}")
     elif isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(x).__name__}")
-    elif not math.isfinite(x):
+    elif not -math.inf < x < math.inf:  # math.isfinite does not trace a symbolic number
         raise ValueError(f"{name} must be finite, got {x}")
 
 
@@ -73,7 +73,7 @@ def positive(name: str, x: Any) -> None:
         return
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not (math.isfinite(x) and x > 0):
+    if not 0 < x < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {x}")
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels.ops.contrastive import l2_normalize
 
 
 def check_pair(sample_weight: Tensor | None = None, **tensors: Any) -> None:
@@ -57,10 +58,13 @@ def scalar(name: str, x: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Unit rows; a 16-bit row is normalised in float32 and rounded once."""
-    if x.dtype in (torch.float32, torch.float64):
-        return F.normalize(x, dim=-1)
-    return F.normalize(x.float(), dim=-1).to(x.dtype)
+    """Unit rows of (..., D)."""
+    return l2_normalize(x.flatten(0, -2)).view(x.shape)
+
+
+def one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -188,8 +188,9 @@ def clip_loss(
     common.check_options(reduction, label_smoothing)
     scale = common.scalar("logit_scale", logit_scale, image_features)
     image, text = cast_features(image_features, text_features)
-    row, col, top = ops.similarity_logsumexp(image, text, scale, OTHERS, return_max=True)
-    positive = common.row_dot(image, text) * scale
+    row, col, positive, top = ops.similarity_logsumexp(
+        image, text, scale, OTHERS, return_positive=True, return_max=True
+    )
     rows = common.softplus(torch.stack([row, col]) - positive).mean(0)
     if label_smoothing:
         i, t = common.wide(image), common.wide(text)

@@ -12,14 +12,12 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
 from sslkernels.losses import _common as common
-from sslkernels.ops.contrastive import Exclude, self_similarity_logsumexp
+from sslkernels.ops.contrastive import Exclude, l2_normalize, self_similarity_logsumexp
 
 
-def _stack(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both views' unit rows (2N, D), as the sweep will see them, and each view's."""
-    (z,) = cast_features(common.normalize(torch.cat([out0, out1])))
-    z0, z1 = z.view(2, *out0.shape).unbind()
-    return z, z0, z1
+def _stack(out0: Tensor, out1: Tensor) -> Tensor:
+    """Both views' unit rows, (2N, D), as the sweep will see them."""
+    return cast_features(l2_normalize(*common.one_dtype(out0, out1)))[0]
 
 
 def nt_xent(
@@ -70,10 +68,13 @@ def nt_xent(
     if n < 2 and (beta or tau_plus):
         raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
-    z, z0, z1 = _stack(out0, out1)
+    z = _stack(out0, out1)
     scales = (1.0 + beta, beta) if beta else None
-    lse, top = self_similarity_logsumexp(z, scale, Exclude(diagonal=0, period=n), scales=scales, return_max=True)
-    positive = common.row_dot(z0, z1) * scale  # (N,)
+    others = Exclude(diagonal=0, period=n)
+    lse, positive, top = self_similarity_logsumexp(
+        z, scale, others, scales=scales, return_positive=True, return_max=True
+    )
+    positive = positive.view(2, n)
     lse = common.negatives(lse.view(*lse.shape[:-1], 2, n), positive, 2 * n - 2, scale, beta, tau_plus)
     rows = common.softplus(lse - positive)  # (2, N)
     if label_smoothing:
@@ -125,10 +126,11 @@ def dcl(
     if n < 2:
         raise ValueError(f"out0 must have at least two samples, as one has no negative, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
-    z, z0, z1 = _stack(out0, out1)
-    lse, top = self_similarity_logsumexp(z, scale, Exclude(diagonal=0, period=n), return_max=True)
-    positive = common.row_dot(z0, z1) * scale  # (N,)
-    rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z0, z1))
+    z = _stack(out0, out1)
+    others = Exclude(diagonal=0, period=n)
+    lse, positive, top = self_similarity_logsumexp(z, scale, others, return_positive=True, return_max=True)
+    positive = positive.view(2, n)
+    rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z[:n], z[n:]))
     loss = common.reduce(rows, reduction, sample_weight)
     return (loss, common.statistics(positive, top.view(2, n))) if return_stats else loss
 
@@ -195,7 +197,7 @@ def supcon(
     scale = common.inverse(temperature, features)
     # rows of one label next to each other: whole tiles of the sweeps are then all positives or all negatives
     labels, order = labels.sort()
-    (z,) = cast_features(common.normalize(features.index_select(0, order)))
+    (z,) = cast_features(l2_normalize(features.index_select(0, order)))
     lse_neg, top_neg = self_similarity_logsumexp(z, scale, Exclude(query_groups=labels), return_max=True)
     same = Exclude(diagonal=0, query_groups=labels, differ=True)
     lse_pos, top_pos = self_similarity_logsumexp(z, scale, same, return_max=True)
