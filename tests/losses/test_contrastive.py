@@ -50,7 +50,7 @@ def image_text() -> dict[str, Tensor]:
 
 
 def spread(p: Tensor, q: Tensor) -> Tensor:
-    return ((p - q) ** 2).sum(1)
+    return ((p - 2 * q) ** 2 * p.exp()).sum(1)  # not the same the other way round
 
 
 def labelled(**options: Any) -> Case:
