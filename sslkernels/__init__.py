@@ -6,8 +6,9 @@
 """
 
 from sslkernels import _library, losses, ops, reference
+from sslkernels._checks import check_values
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "losses", "ops", "reference"]
+__all__ = ["__version__", "check_values", "losses", "ops", "reference"]
 
 _library.load()  # after `ops`, which defines the schemas that the compiled kernels register under

@@ -11,6 +11,39 @@ import torch
 from torch import Tensor
 
 
+class check_values:
+    """Also check values inside CUDA tensors (indices, labels), which synchronises the device. Call or context manager.
+
+    Without it a bad value on a CUDA device makes the outputs that depend on it NaN; on the CPU it always raises.
+
+    Example:
+        >>> with check_values():
+        ...     pass  # a bad index on any device raises here
+        >>> check_values(False)
+        check_values(False)
+    """
+
+    enabled = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.previous, check_values.enabled = check_values.enabled, enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        check_values.enabled = self.previous
+
+    def __repr__(self) -> str:
+        return f"check_values({check_values.enabled})"
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of x may be read here: not in a graph, not of a fake, and on a device only if asked for."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and (x.device.type == "cpu" or (check_values.enabled and x.device.type != "meta"))
+
+
 def features(**tensors: Any) -> None:
     """Each argument is a floating (rows, D) tensor; all have one D and one device."""
     first_name, first = next(iter(tensors.items()))

@@ -248,9 +248,7 @@ def _flat_views(
         labels = torch.arange(features.shape[0], device=features.device)
     else:
         check.vector("labels", labels, features.shape[0], features, (torch.int64,))
-        # no synchronisation with a device, no branch on data in a graph or on fakes: there the row becomes NaN
-        plain = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        if plain and bool((labels < 0).any()):
+        if check.readable(labels) and bool((labels < 0).any()):
             raise ValueError(f"labels must not be negative, got {labels.min().item()}")
     if features.ndim == 3:
         views = features.shape[1]

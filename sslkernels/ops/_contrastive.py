@@ -68,8 +68,8 @@ lse = define(
 )
 lse_backward = define(
     f"similarity_logsumexp_backward(Tensor? grad_row, Tensor? grad_col, Tensor? grad_positive, Tensor q, Tensor k,"
-    f" {_SCALE}, {_PAIRS}, float[] scales, SymInt? offset, Tensor row_lse, Tensor col_lse, Tensor scores, bool[3] output_mask)"
-    " -> (Tensor dq, Tensor dk, Tensor dscale)",
+    f" {_SCALE}, {_PAIRS}, float[] scales, SymInt? offset, Tensor row_lse, Tensor col_lse, Tensor scores,"
+    " bool[3] output_mask) -> (Tensor dq, Tensor dk, Tensor dscale)",
     reference=reference.lse_backward,
     fake=_lse_backward_fake,
 )

@@ -34,9 +34,7 @@ once_differentiable(emitted_gradients)
 def _save_emitted(ctx, inputs, wanted, emitted) -> None:
     """Only what needs a gradient is saved: frozen keys may be overwritten before backward."""
     ctx.wanted = wanted
-    ctx.save_for_backward(
-        *(x for x, w in zip(inputs, wanted) if w), *(e for e, w in zip(emitted, wanted) if w)
-    )
+    ctx.save_for_backward(*(x for x, w in zip(inputs, wanted) if w), *(e for e, w in zip(emitted, wanted) if w))
 
 
 def _emitted(ctx, grad) -> list[Tensor | None]:
@@ -115,9 +113,7 @@ def _softplus_autograd(ctx, grad):
     q, k, scale_tensor, bias_tensor, *masks = ctx.saved_tensors
     mask = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     pairs = (ctx.diagonal, ctx.period, *masks, ctx.differ)
-    dq, dk, dscale, dbias = softplus_backward(
-        grad, q, k, scale_tensor, ctx.scale, bias_tensor, ctx.bias, *pairs, mask
-    )
+    dq, dk, dscale, dbias = softplus_backward(grad, q, k, scale_tensor, ctx.scale, bias_tensor, ctx.bias, *pairs, mask)
     return (
         *(_asked(dq, mask[0]), _asked(dk, mask[1]), _asked_scalar(dscale, scale_tensor, mask[2]), None),
         *(_asked_scalar(dbias, bias_tensor, mask[3]), *(None,) * 7),
@@ -166,9 +162,7 @@ sampled_backward = define(
     f"sampled_logsumexp_backward(Tensor grad, Tensor q, Tensor k, Tensor indices, Tensor? mask, {_SCALE}, Tensor lse,"
     " bool[3] output_mask) -> (Tensor dq, Tensor dk, Tensor dscale)",
     reference=reference.sampled_backward,
-    fake=lambda grad, q, k, *rest: _fake_gradients(
-        rest[-1], (q.dtype, k.dtype, grad.dtype), q, q.shape, k.shape, ()
-    ),
+    fake=lambda grad, q, k, *rest: _fake_gradients(rest[-1], (q.dtype, k.dtype, grad.dtype), q, q.shape, k.shape, ()),
 )
 
 

@@ -259,9 +259,7 @@ def similarity_cross_entropy(
     tensor, number = _weights(weight, q)
     q, k = cast_features(q, k, autocast=autocast)
     mask = _wanted(q, k, positive, scale)
-    loss, row, top, *_ = sum_op.cross_entropy(
-        q, k, positive, tensor, number, *_split(scale), *exclude, decoupled, mask
-    )
+    loss, row, top, *_ = sum_op.cross_entropy(q, k, positive, tensor, number, *_split(scale), *exclude, decoupled, mask)
     return loss, row, top
 
 
@@ -345,15 +343,15 @@ def sampled_logsumexp(
     Args:
         q: queries, (N, D).
         k: keys, (M, D).
-        indices: (N, C) int64 in [0, M). Outside: RuntimeError on the CPU, NaN in that row on CUDA.
+        indices: (N, C) int64 in [0, M); also where the mask is False.
         mask: (N, C) bool; a row without a sample has -inf and no gradient.
 
     Returns:
         lse, (N,).
 
     Raises:
-        ValueError, TypeError: as in `similarity_logsumexp`; indices or mask of another shape or dtype.
-        RuntimeError: an index outside the keys.
+        ValueError, TypeError: as in `similarity_logsumexp`; indices or mask of another shape or dtype; an index outside
+            the keys on the CPU (compiled: RuntimeError) or under `check_values`, which otherwise makes its row NaN.
 
     Example:
         >>> q, k = torch.randn(8, 16), torch.randn(100, 16)
@@ -361,17 +359,24 @@ def sampled_logsumexp(
         torch.Size([8])
     """
     _check(q, k, NOTHING, scale=scale)
-    for name, x, dtype in (("indices", indices, torch.int64), ("mask", mask, torch.bool)):
-        if x is None and name == "mask":
-            continue
-        check.tensor(name, x)
-        if x.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
-        if x.ndim != 2 or x.shape[0] != q.shape[0] or x.shape != indices.shape:
-            raise ValueError(f"{name} must have shape ({q.shape[0]}, C), got {tuple(x.shape)}")
-        check.same_device(name, x, "q", q)
+    _check_samples("indices", indices, torch.int64, q, indices)
+    if mask is not None:
+        _check_samples("mask", mask, torch.bool, q, indices)
+    if indices.numel() and check.readable(indices):
+        low, high = (int(x) for x in indices.aminmax())
+        if low < 0 or high >= k.shape[0]:
+            raise ValueError(f"indices must be in [0, {k.shape[0]}), got {low if low < 0 else high}")
     q, k = cast_features(q, k, autocast=autocast)
     return sum_op.sampled(q, k, indices, mask, *_split(scale))
+
+
+def _check_samples(name: str, x: Any, dtype: torch.dtype, q: Tensor, indices: Any) -> None:
+    check.tensor(name, x)
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.ndim != 2 or x.shape[0] != q.shape[0] or x.shape != indices.shape:
+        raise ValueError(f"{name} must have shape ({q.shape[0]}, C), got {tuple(x.shape)}")
+    check.same_device(name, x, "q", q)
 
 
 def _weights(weight: Tensor | float, q: Tensor) -> tuple[Tensor | None, float]:

@@ -56,7 +56,7 @@ def scores(q: Tensor, k: Tensor, scale: Tensor | float, exclude: Exclude = NOTHI
     """s_ij = scale * <q_i, k_j>, -inf where the pair is left out. (N, M)"""
     dtype = compute_dtype(q, k)
     s = (q.to(dtype) * scale) @ k.to(dtype).T
-    return s.masked_fill(excluded_pairs(*s.shape, s.device, exclude), -torch.inf)
+    return s.masked_fill(excluded_pairs(s.shape[0], s.shape[1], s.device, exclude), -torch.inf)
 
 
 def logsumexp(s: Tensor, dim: int) -> Tensor:
@@ -133,10 +133,21 @@ def similarity_cross_entropy(
 def sampled_logsumexp(
     q: Tensor, k: Tensor, indices: Tensor, scale: Tensor | float = 1.0, *, mask: Tensor | None = None
 ) -> Tensor:
-    """lse_i = log sum_c exp(scale <q_i, k_indices[i, c]>) over the samples where mask[i, c] is True. (N,)"""
+    """lse_i = log sum_c exp(scale <q_i, k_indices[i, c]>) over the samples where mask[i, c] is True. (N,)
+
+    An index outside the keys reads nothing and makes its row NaN.
+    """
     dtype = compute_dtype(q, k)
-    s = torch.einsum("nd,ncd->nc", q.to(dtype) * scale, k.to(dtype)[indices])  # (N, C)
-    return logsumexp(s if mask is None else s.masked_fill(~mask, -torch.inf), 1)
+    drawn, outside = _draw(k.to(dtype), indices)
+    s = torch.einsum("nd,ncd->nc", q.to(dtype) * scale, drawn)  # (N, C)
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return logsumexp(s.masked_fill(outside, torch.nan), 1)
+
+
+def _draw(k: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, D) the keys drawn, and (N, C) where the index is none of theirs."""
+    outside = (indices < 0) | (indices >= k.shape[0])
+    return k[indices.masked_fill(outside, 0)], outside
 
 
 def _times(s: Tensor, beta: float) -> Tensor:
@@ -156,11 +167,11 @@ def _row_max(s: Tensor) -> Tensor:
     return s.amax(1) if s.shape[1] else s.new_full((s.shape[0],), -torch.inf)
 
 
-def _weights(s: Tensor, lse: Tensor, grad: Tensor | None, scales: Sequence[float], dim: int) -> Tensor | float:
+def _weights(s: Tensor, lse: Tensor, grad: Tensor | None, scales: Sequence[float], dim: int) -> Tensor:
     """d(sum grad * lse)/ds over all scales: grad_i beta exp(beta s_ij - lse_i), zero for a pair left out."""
+    total = torch.zeros_like(s)
     if grad is None:
-        return 0.0
-    total: Tensor | float = 0.0
+        return total
     for beta, lse_b, grad_b in zip(scales, lse, grad):
         finite = lse_b.masked_fill(lse_b == -torch.inf, 0.0).unsqueeze(dim)
         total = total + beta * grad_b.unsqueeze(dim) * torch.exp(_times(s, beta) - finite)
@@ -204,7 +215,7 @@ def lse_backward(grad_row, grad_col, grad_positive, q, k, scale_tensor, scale, *
     *pairs, scales, offset, row_lse, col_lse, _, mask = rest
     scale = _scale(scale_tensor, scale)
     s = scores(q, k, scale, Exclude(*pairs))
-    w = _weights(s, row_lse, grad_row, scales, 1) + _weights(s, col_lse, grad_col, scales, 0) + torch.zeros_like(s)
+    w = _weights(s, row_lse, grad_row, scales, 1) + _weights(s, col_lse, grad_col, scales, 0)
     return _positive_gradients(grad_positive, q, k, scale, offset, _product_gradients(w, q, k, scale, mask))
 
 
@@ -224,7 +235,7 @@ def self_lse_backward(grad, grad_positive, z, scale_tensor, scale, diagonal, per
     s = scores(z, z, scale, Exclude(diagonal, period, groups, groups, key_mask, differ))
     if key_mask is not None:
         s = s.masked_fill(~key_mask[:, None], -torch.inf)
-    w = _weights(s, lse, grad, scales, 1) + torch.zeros_like(s)
+    w = _weights(s, lse, grad, scales, 1)
     wide = z.to(w.dtype)
     dz, dk, dscale = _product_gradients(w, wide, wide, scale, (mask[0], mask[0], mask[1]))
     dz, dk, dscale = _positive_gradients(grad_positive, wide, wide, scale, offset, (dz, dk, dscale))
@@ -276,17 +287,22 @@ def sampled_forward(q, k, indices, sample_mask, scale_tensor, scale):  # type: i
 
 def sampled_backward(grad, q, k, indices, sample_mask, scale_tensor, scale, lse, mask):  # type: ignore[no-untyped-def]
     scale = _scale(scale_tensor, scale)
-    qc, kc = q.to(lse.dtype), k.to(lse.dtype)[indices]  # (N, D), (N, C, D)
+    qc = q.to(lse.dtype)  # (N, D)
+    kc, outside = _draw(k.to(lse.dtype), indices)  # (N, C, D)
     s = torch.einsum("nd,ncd->nc", qc * scale, kc)
     if sample_mask is not None:
         s = s.masked_fill(~sample_mask, -torch.inf)
-    w = _weights(s, lse[None], grad[None], (1.0,), 1)  # (N, C)
+    w = _weights(s, lse[None], grad[None], (1.0,), 1)  # (N, C), NaN in a row that drew outside the keys
     wk = torch.einsum("nc,ncd->nd", w, kc)
     none = lse.new_empty(0)
     dk = none
     if mask[1]:
         flat = torch.einsum("nc,nd->ncd", w, qc * scale).flatten(0, 1)
-        dk = torch.zeros(k.shape, dtype=lse.dtype, device=k.device).index_add(0, indices.flatten(), flat).to(k.dtype)
+        dk = (
+            torch.zeros(k.shape, dtype=lse.dtype, device=k.device)
+            .index_add(0, indices.masked_fill(outside, 0).flatten(), flat)
+            .to(k.dtype)
+        )
     return (wk * scale).to(q.dtype) if mask[0] else none, dk, (qc * wk).sum() if mask[2] else none
 
 
