@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive primitives: log-sum-exps and softplus sums of scaled similarities s_ij = scale * <q_i, k_j>.
 
-The N x M matrix is swept in tiles and not stored (below 4 MiB it is kept for backward, which is faster). Features may be
-float32, float64, bfloat16 or float16, mixed and strided; arithmetic is float32 (float64 if any is float64), and so are
-the results. `scale` and `bias` are Python numbers or tensors of one element, which then get their gradient. Under
-autocast features are cast and nothing else is. Double backward raises. NaN and inf propagate as in torch.logsumexp, but
-where both meet in a row the log-sum-exp is inf.
+The N x M matrix is swept in tiles and not stored (below 4 MiB it is kept for backward, which is faster). Features may
+be float32, float64, bfloat16 or float16, mixed and strided; arithmetic is float32 (float64 if any is float64), and so
+are the results. `scale` and `bias` are Python numbers or tensors of one element, which then get their gradient. Under
+autocast features are cast and nothing else is. Double backward raises. NaN in gives NaN out.
 Definitions in plain PyTorch: `sslkernels.reference.contrastive`.
 """
 
