@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.ops._registry import define, differentiable, once_differentiable
-from sslkernels.reference import contrastive as reference
+from sslkernels.reference import _contrastive as reference
 from sslkernels.reference.contrastive import compute_dtype
 
 _SCALE = "Tensor? scale_tensor, float scale"

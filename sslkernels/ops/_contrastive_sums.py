@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslkernels.ops._contrastive import _BIAS, _PAIRS, _SCALE, _asked, _asked_scalar, _empty, _fake_gradients
 from sslkernels.ops._registry import define, differentiable, once_differentiable
-from sslkernels.reference import contrastive as reference
+from sslkernels.reference import _contrastive as reference
 from sslkernels.reference.contrastive import compute_dtype
 
 # emitted_gradients: upstream scalar times what the forward emitted, in the dtype of the inputs
