@@ -17,10 +17,12 @@ Tensor positives(const Tensor& q, const Tensor& k, T scale, Index offset) {
 template <typename T>
 void add_positives(const Optional& grad, const Tensor& q, const Tensor& k, T scale, Index offset, bool want_scale,
                    bool self, Gradients* g) {
-  if (!grad) return;
+  if (!grad)
+    return;
   const Tensor weights = dense<T>(*grad);
-  g->scale += add_positive_gradients<T>(q, k, scale, *offset, data<T>(weights), g->q.dim() == 2 ? data<T>(g->q) : nullptr,
-                                        g->k.dim() == 2 ? data<T>(g->k) : nullptr, self, want_scale);
+  g->scale +=
+      add_positive_gradients<T>(q, k, scale, *offset, data<T>(weights), g->q.dim() == 2 ? data<T>(g->q) : nullptr,
+                                g->k.dim() == 2 ? data<T>(g->k) : nullptr, self, want_scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
@@ -37,30 +39,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
-    const Optional& grad_row, const Optional& grad_col, const Optional& grad_positive, const Tensor& q,
-    const Tensor& k, const Optional& scale_tensor, double scale_number, Index diagonal, Index period,
-    const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
-    std::vector<double> scales, Index offset, const Tensor& row_lse, const Tensor& col_lse, const Tensor& scores,
-    std::vector<bool> mask) {
+    const Optional& grad_row, const Optional& grad_col, const Optional& grad_positive, const Tensor& q, const Tensor& k,
+    const Optional& scale_tensor, double scale_number, Index diagonal, Index period, const Optional& query_groups,
+    const Optional& key_groups, const Optional& key_mask, bool differ, std::vector<double> scales, Index offset,
+    const Tensor& row_lse, const Tensor& col_lse, const Tensor& scores, std::vector<bool> mask) {
   const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
   return with_type(q, k, [&](auto zero) {
     using T = decltype(zero);
     const T scale = value<T>(scale_tensor, scale_number);
     const Optional row = grad_row ? Optional(dense<T>(*grad_row)) : std::nullopt;
     const Optional col = grad_col ? Optional(dense<T>(*grad_col)) : std::nullopt;
-    Gradients g = lse_backward<T>(q, k, scale, exclusion, scales,
-                                  row ? Side<T>{data<T>(row_lse), data<T>(*row)} : Side<T>{},
-                                  col ? Side<T>{data<T>(col_lse), data<T>(*col)} : Side<T>{},
-                                  scores.dim() == 2 ? data<T>(scores) : nullptr, false, mask[0], mask[1], mask[2]);
+    Gradients g =
+        lse_backward<T>(q, k, scale, exclusion, scales, row ? Side<T>{data<T>(row_lse), data<T>(*row)} : Side<T>{},
+                        col ? Side<T>{data<T>(col_lse), data<T>(*col)} : Side<T>{},
+                        scores.dim() == 2 ? data<T>(scores) : nullptr, false, mask[0], mask[1], mask[2]);
     add_positives<T>(grad_positive, q, k, scale, offset, mask[2], false, &g);
     return std::make_tuple(cast(g.q, q), cast(g.k, k), scalar<T>(g.scale, mask[2]));
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> self_similarity_logsumexp(
-    const Tensor& z, const Optional& scale_tensor, double scale_number, Index diagonal, Index period,
-    const Optional& groups, const Optional& key_mask, bool differ, std::vector<double> scales, bool keep_scores,
-    Index offset) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_similarity_logsumexp(const Tensor& z, const Optional& scale_tensor,
+                                                                     double scale_number, Index diagonal, Index period,
+                                                                     const Optional& groups, const Optional& key_mask,
+                                                                     bool differ, std::vector<double> scales,
+                                                                     bool keep_scores, Index offset) {
   const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
   return with_type(z, z, [&](auto zero) {
     using T = decltype(zero);
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cr
     // weight_i d loss_i / d lse_i
     const auto slope = [&](i64 i, T lse) {
       const T a = w ? w[i] : static_cast<T>(uniform_weight), margin = lse - pos[i];
-      if (decoupled) return a;
+      if (decoupled)
+        return a;
       const T e = std::exp(-std::abs(margin));
       return a * (margin > 0 ? 1 / (1 + e) : margin <= 0 ? e / (1 + e) : margin);
     };
@@ -135,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cr
         tiles<T>().scale_rows(context + i * d, d, context + i * d, d, &a, 1, d);
       }
       g.scale = finish(Operand<T>(q), scale, context, want_scale);
-      if (want_q) g.q = out.context;
+      if (want_q)
+        g.q = out.context;
     } else if (fits_one_sweep<T>(n, k.size(0))) {
       OneSweepResult out = one_sweep<T>(q, k, scale, exclusion, want_q, want_k, want_scale, slope);
       lse = out.lse, top = out.top, g = out.gradients;
@@ -153,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cr
       const T total = data<T>(lse)[i], margin = total - pos[i];
       const T row = decoupled ? margin : std::max(margin, T(0)) + std::log1p(std::exp(-std::abs(margin)));
       loss += static_cast<double>(w ? w[i] : static_cast<T>(uniform_weight)) * (margin == margin ? row : margin);
-      if (mask[2]) data<T>(dpositive)[i] = -slope(i, total);
+      if (mask[2])
+        data<T>(dpositive)[i] = -slope(i, total);
     }
     return std::make_tuple(scalar<T>(loss, true), lse, top, g.q, g.k, dpositive, scalar<T>(g.scale, want_scale));
   });
@@ -184,16 +189,20 @@ SoftplusResult<T> softplus_sweep(const Tensor& q, const Tensor& k, T scale, T bi
       T *sum = sums + t * r, *total = totals + t * r, *tile = s.score_tile(t);
       std::fill_n(sum, r, T(0));
       std::fill_n(total, r, T(0));
-      s.for_tiles(rows, t, [&](Range cols) {
-        const View<T> key = s.keys(t, cols);
-        s.scores(rows, cols, key, tile, s.tile_cols);
-        if (weight) {
-          s.tile.softplus_weights(tile, s.tile_cols, rows.size(), cols.size(), bias, weight + rows.begin, sum, total);
-          products.add(t, rows, cols, tile, s.tile_cols, key, s.queries(rows));
-        } else {
-          s.tile.softplus(tile, s.tile_cols, rows.size(), cols.size(), bias, sum);
-        }
-      }, [&](Range cols) { products.skip(rows, cols); });
+      s.for_tiles(
+          rows, t,
+          [&](Range cols) {
+            const View<T> key = s.keys(t, cols);
+            s.scores(rows, cols, key, tile, s.tile_cols);
+            if (weight) {
+              s.tile.softplus_weights(tile, s.tile_cols, rows.size(), cols.size(), bias, weight + rows.begin, sum,
+                                      total);
+              products.add(t, rows, cols, tile, s.tile_cols, key, s.queries(rows));
+            } else {
+              s.tile.softplus(tile, s.tile_cols, rows.size(), cols.size(), bias, sum);
+            }
+          },
+          [&](Range cols) { products.skip(rows, cols); });
     });
     for (i64 i = 0; i < rows.size(); ++i) {
       T sum = 0;
@@ -203,9 +212,11 @@ SoftplusResult<T> softplus_sweep(const Tensor& q, const Tensor& k, T scale, T bi
       }
       rows_out[rows.begin + i] = sum;
     }
-    if (weight) products.leave(rows);
+    if (weight)
+      products.leave(rows);
   }
-  if (weight) finish_gradients(s, scale, mask[0], mask[1], mask[2], &out.gradients);
+  if (weight)
+    finish_gradients(s, scale, mask[0], mask[1], mask[2], &out.gradients);
   return out;
 }
 
@@ -232,22 +243,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_softplus_backward(
     const Tensor weights = dense<T>(grad);
     auto out = softplus_sweep<T>(q, k, value<T>(scale_tensor, scale), value<T>(bias_tensor, bias), exclusion,
                                  data<T>(weights), mask);
-    return std::make_tuple(cast(out.gradients.q, q), cast(out.gradients.k, k),
-                           scalar<T>(out.gradients.scale, mask[2]), scalar<T>(out.bias, mask[3]));
+    return std::make_tuple(cast(out.gradients.q, q), cast(out.gradients.k, k), scalar<T>(out.gradients.scale, mask[2]),
+                           scalar<T>(out.bias, mask[3]));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_softplus_sum(
     const Tensor& q, const Tensor& k, const Optional& weight, double uniform_weight, const Optional& scale_tensor,
-    double scale, const Optional& bias_tensor, double bias, Index diagonal, Index period,
-    const Optional& query_groups, const Optional& key_groups, const Optional& key_mask, bool differ,
-    std::vector<bool> mask) {
+    double scale, const Optional& bias_tensor, double bias, Index diagonal, Index period, const Optional& query_groups,
+    const Optional& key_groups, const Optional& key_mask, bool differ, std::vector<bool> mask) {
   const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
   return with_type(q, k, [&](auto zero) {
     using T = decltype(zero);
     const i64 n = q.size(0);
     const Tensor weights = weight ? dense<T>(*weight) : empty({n}, kScalar<T>);
-    if (!weight) std::fill_n(data<T>(weights), n, static_cast<T>(uniform_weight));
+    if (!weight)
+      std::fill_n(data<T>(weights), n, static_cast<T>(uniform_weight));
     const bool wanted = mask[0] || mask[1] || mask[2] || mask[3];
     auto out = softplus_sweep<T>(q, k, value<T>(scale_tensor, scale), value<T>(bias_tensor, bias), exclusion,
                                  wanted ? data<T>(weights) : nullptr, mask);

@@ -4,23 +4,15 @@
 
 namespace sslkernels {
 
-namespace {
-
-// f(mine) on each thread's share of the rows
-template <typename F>
-void over_rows(i64 rows, i64 d, const F& f) {
-  const i64 threads = useful_threads(32.0 * rows * d);
-  run(threads, [&](i64 t) { f(part(0, rows, t, threads)); });
-}
-
-}  // namespace
+// what an element costs beside the product of a tile, in its flops: these loops wait for memory
+constexpr double kFlopsAnElement = 32;
 
 template <typename T>
 Tensor positive_scores(const Tensor& q_tensor, const Tensor& k_tensor, T scale, i64 offset) {
   const Operand<T> q(q_tensor), k(k_tensor);
   Tensor out = empty({q.rows}, kScalar<T>);
   T* positive = data<T>(out);
-  over_rows(q.rows, q.cols, [&](Range rows) {
+  over_rows(q.rows, kFlopsAnElement * q.rows * q.cols, [&](Range rows) {
     Buffer<T> query(q.cols), key(q.cols);
     i64 ld;
     for (i64 i = rows.begin; i < rows.end; ++i) {
@@ -32,29 +24,32 @@ Tensor positive_scores(const Tensor& q_tensor, const Tensor& k_tensor, T scale, 
 }
 
 template <typename T>
-double add_positive_gradients(const Tensor& q_tensor, const Tensor& k_tensor, T scale, i64 offset, const T* grad,
-                              T* dq, T* dk, bool self, bool want_scale) {
+double add_positive_gradients(const Tensor& q_tensor, const Tensor& k_tensor, T scale, i64 offset, const T* grad, T* dq,
+                              T* dk, bool self, bool want_scale) {
   const Operand<T> q(q_tensor), k(k_tensor);
   const i64 d = q.cols;
   // a key has one partner at most, so rows of dk are as disjoint as rows of dq
-  over_rows(q.rows, d, [&](Range rows) {
+  over_rows(q.rows, kFlopsAnElement * q.rows * d, [&](Range rows) {
     Buffer<T> query(d), key(d);
     i64 ld;
     for (i64 i = rows.begin; i < rows.end; ++i) {
       const i64 j = (i + offset) % k.rows;
-      if (dq) tiles<T>().axpy(dq + i * d, scale * (self ? grad[i] + grad[j] : grad[i]), k.fetch(j, 1, key, &ld), d);
-      if (dk && !self) tiles<T>().axpy(dk + j * d, scale * grad[i], q.fetch(i, 1, query, &ld), d);
+      if (dq)
+        tiles<T>().axpy(dq + i * d, scale * (self ? grad[i] + grad[j] : grad[i]), k.fetch(j, 1, key, &ld), d);
+      if (dk && !self)
+        tiles<T>().axpy(dk + j * d, scale * grad[i], q.fetch(i, 1, query, &ld), d);
     }
   });
-  if (!want_scale) return 0;
+  if (!want_scale)
+    return 0;
   const Tensor dots = positive_scores<T>(q_tensor, k_tensor, T(1), offset);
   double total = 0;
   for (i64 i = 0; i < q.rows; ++i) total += static_cast<double>(grad[i]) * data<T>(dots)[i];
   return total;
 }
 
-#define INSTANTIATE(T)                                                             \
-  template Tensor positive_scores<T>(const Tensor&, const Tensor&, T, i64);        \
+#define INSTANTIATE(T)                                                      \
+  template Tensor positive_scores<T>(const Tensor&, const Tensor&, T, i64); \
   template double add_positive_gradients<T>(const Tensor&, const Tensor&, T, i64, const T*, T*, T*, bool, bool);
 INSTANTIATE(float)
 INSTANTIATE(double)
@@ -74,7 +69,7 @@ std::tuple<Tensor, Tensor> l2_normalize(const std::vector<Tensor>& xs, double ep
     for (const Tensor& tensor : xs) {
       const Operand<T> x(tensor);
       T *out = data<T>(z) + first * d, *norms = data<T>(norm) + first;
-      over_rows(x.rows, d, [&](Range rows) {
+      over_rows(x.rows, kFlopsAnElement * x.rows * d, [&](Range rows) {
         for (i64 i = rows.begin; i < rows.end; ++i) {
           T* row = out + i * d;
           x.load(i, 1, row, T(1));
@@ -102,7 +97,7 @@ Tensor l2_normalize_backward(const Tensor& grad, const Tensor& z, const Tensor& 
     const i64 d = g.cols;
     const T* norms = data<T>(norm);
     Tensor out = empty({g.rows, d}, kScalar<T>);
-    over_rows(g.rows, d, [&](Range rows) {
+    over_rows(g.rows, kFlopsAnElement * g.rows * d, [&](Range rows) {
       Buffer<T> scratch(d);
       i64 ld;
       for (i64 i = rows.begin; i < rows.end; ++i) {
@@ -112,7 +107,8 @@ Tensor l2_normalize_backward(const Tensor& grad, const Tensor& z, const Tensor& 
         const bool clamped = norms[i] < static_cast<T>(eps);
         const T inverse = 1 / (clamped ? static_cast<T>(eps) : norms[i]);
         // below eps the row is divided by a constant
-        if (!clamped) tiles<T>().axpy(row, -tiles<T>().dot(row, direction, d), direction, d);
+        if (!clamped)
+          tiles<T>().axpy(row, -tiles<T>().dot(row, direction, d), direction, d);
         tiles<T>().scale_rows(row, d, row, d, &inverse, 1, d);
       }
     });

@@ -45,21 +45,12 @@ void row_scores(const Operand<T>& q, const Operand<T>& k, T scale, const Samples
   }
 }
 
-template <typename F>
-void over_rows(i64 rows, double flops, const F& f) {
-  const i64 threads = useful_threads(flops);
-  run(threads, [&](i64 t) {
-    const Range mine = part(0, rows, t, threads);
-    f(t, mine);
-  });
-}
-
 template <typename T>
 Tensor forward(const Tensor& q_tensor, const Tensor& k_tensor, const Samples& samples, T scale) {
   const Operand<T> q(q_tensor), k(k_tensor);
   Tensor out = empty({q.rows}, kScalar<T>);
   T* lse = data<T>(out);
-  over_rows(q.rows, 2.0 * q.rows * samples.count * q.cols, [&](i64, Range rows) {
+  over_rows(q.rows, 2.0 * q.rows * samples.count * q.cols, [&](Range rows) {
     Buffer<T> query(q.cols), key(q.cols), s(samples.count);
     for (i64 i = rows.begin; i < rows.end; ++i) {
       row_scores<T>(q, k, scale, samples, i, query, key, s);
@@ -92,26 +83,29 @@ Gradients backward(const T* grad, const Tensor& q_tensor, const Tensor& k_tensor
   Gradients out{empty({by_query ? q.rows : 0, d}, kScalar<T>), empty({want_k ? k.rows : 0, d}, kScalar<T>), 0};
   Buffer<T> weights(q.rows * count);
   const double flops = 4.0 * q.rows * count * d;
-  over_rows(q.rows, flops, [&](i64, Range rows) {
+  over_rows(q.rows, flops, [&](Range rows) {
     Buffer<T> query(d), key(d);
     for (i64 i = rows.begin; i < rows.end; ++i) {
       T* w = weights + i * count;
       row_scores<T>(q, k, scale, samples, i, query, key, w);
       tiles<T>().weights_wide(w, count, w, count, 1, count, T(1), lse + i, grad + i, nullptr, nullptr, false);
-      if (!by_query) continue;
+      if (!by_query)
+        continue;
       T* u = data<T>(out.q) + i * d;
       std::fill_n(u, d, T(0));
       for (i64 c = 0; c < count; ++c) {
         const i64 at = i * count + c;
         i64 ld;
-        if (samples.used(at)) tiles<T>().axpy(u, w[c], k.fetch(samples.index[at], 1, key, &ld), d);
+        if (samples.used(at))
+          tiles<T>().axpy(u, w[c], k.fetch(samples.index[at], 1, key, &ld), d);
       }
     }
   });
-  if (by_query) out.scale = finish(q, scale, data<T>(out.q), want_scale);
+  if (by_query)
+    out.scale = finish(q, scale, data<T>(out.q), want_scale);
   if (want_k) {
     const ByKey lists(samples, k.rows);
-    over_rows(k.rows, flops, [&](i64, Range keys) {
+    over_rows(k.rows, flops, [&](Range keys) {
       Buffer<T> query(d);
       for (i64 j = keys.begin; j < keys.end; ++j) {
         T* u = data<T>(out.k) + j * d;
@@ -126,10 +120,13 @@ Gradients backward(const T* grad, const Tensor& q_tensor, const Tensor& k_tensor
       }
     });
     const double dot = finish(k, scale, data<T>(out.k), want_scale && !by_query);
-    if (!by_query) out.scale = dot;
+    if (!by_query)
+      out.scale = dot;
   }
-  if (!want_q) out.q = empty({0}, kScalar<T>);
-  if (!want_k) out.k = empty({0}, kScalar<T>);
+  if (!want_q)
+    out.q = empty({0}, kScalar<T>);
+  if (!want_k)
+    out.k = empty({0}, kScalar<T>);
   return out;
 }
 

@@ -1,246 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every sweep over the pairs of two feature matrices shares: strided operands of any dtype, products through
-// torch's own BLAS, threads that own column strips of a row panel, exclusion rules, and gradient accumulation.
+// What every sweep over the pairs of two feature matrices shares: row panels, column strips that a thread owns, and the
+// products of a tile's weights with the features.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <optional>
-#include <type_traits>
-#include <vector>
-
-#include "cpu/tiles.h"
+#include "cpu/exclusion.h"
 
 namespace sslkernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename T>
-constexpr ScalarType kScalar = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
-template <typename T>
-constexpr T kNone = -std::numeric_limits<T>::infinity();
-
-inline Tensor empty(std::vector<i64> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
-template <typename T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
-// Scratch memory from torch's allocator.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(i64 n) : tensor_(empty({n}, kScalar<T>)), data_(data<T>(tensor_)) {}
-  operator T*() const { return data_; }
-
- private:
-  Tensor tensor_;
-  T* data_;
-};
-
-// Rows of a feature tensor, whatever its dtype and strides.
-template <typename T>
-class Operand {
- public:
-  explicit Operand(const Tensor& x)
-      : data_(static_cast<const char*>(x.const_data_ptr())),
-        rows(x.size(0)),
-        cols(x.size(1)),
-        row_stride_(x.stride(0)),
-        col_stride_(x.stride(1)),
-        bytes_(static_cast<i64>(x.element_size())),
-        dtype_(kind(x.scalar_type())),
-        direct_(x.scalar_type() == kScalar<T> && (col_stride_ == 1 || cols == 1) && row_stride_ >= cols) {}
-
-  // Rows [first, first + count): where they lie if BLAS can read them there, else converted into `scratch`.
-  const T* fetch(i64 first, i64 count, T* scratch, i64* ld) const {
-    *ld = direct_ ? row_stride_ : cols;
-    if (direct_) return reinterpret_cast<const T*>(data_) + first * row_stride_;
-    load(first, count, scratch, T(1));
-    return scratch;
-  }
-
-  void load(i64 first, i64 count, T* dst, T factor) const {
-    tiles<T>().load(data_ + first * row_stride_ * bytes_, dtype_, row_stride_, col_stride_, dst, count, cols, factor);
-  }
-
- private:
-  static Dtype kind(ScalarType dtype) {
-    switch (dtype) {
-      case ScalarType::Float: return Dtype::kFloat;
-      case ScalarType::Double: return Dtype::kDouble;
-      case ScalarType::BFloat16: return Dtype::kBFloat16;
-      case ScalarType::Half: return Dtype::kHalf;
-      default: STD_TORCH_CHECK(false, "features must be float32, float64, bfloat16 or float16");
-    }
-  }
-
-  const char* data_;
-
- public:
-  const i64 rows, cols;
-
- private:
-  i64 row_stride_, col_stride_, bytes_;
-  Dtype dtype_;
-  bool direct_;
-};
-
-// out = a b by torch's BLAS. A view is (pointer, rows, cols, row stride, column stride).
-template <typename T>
-struct View {
-  const T* data;
-  i64 rows, cols, row_stride, col_stride;
-  View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
-};
-
-template <typename T>
-Tensor as_tensor(const View<T>& v) {
-  const i64 sizes[2] = {v.rows, v.cols}, strides[2] = {v.row_stride, v.col_stride};
-  return torch::stable::from_blob(const_cast<T*>(v.data), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<T>);
-}
-
-template <typename T>
-void multiply(const View<T>& out, const View<T>& a, const View<T>& b) {
-  StableIValue stack[3] = {torch::stable::detail::from(as_tensor(a)), torch::stable::detail::from(as_tensor(b)),
-                           torch::stable::detail::from(as_tensor(out))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// f(t) for t in [0, count), one call a thread; inline where count is one or a parallel region is already open.
-template <typename F>
-void run(i64 count, const F& f) {
-  if (count == 1) return f(0);
-  torch::stable::parallel_for(0, count, 1, [&](i64 begin, i64 end) {
-    for (i64 t = begin; t < end; ++t) f(t);
-  });
-}
-
-struct Range {
-  i64 begin, end;
-  i64 size() const { return end - begin; }
-};
-
-// Part t of `count` parts of [begin, end), as even as multiples of 16 allow.
-inline Range part(i64 begin, i64 end, i64 t, i64 count) {
-  const i64 blocks = (end - begin + 15) / 16;
-  return {std::min(end, begin + blocks * t / count * 16), std::min(end, begin + blocks * (t + 1) / count * 16)};
-}
-
-inline i64 useful_threads(double flops) {
-  constexpr double kFlopsWorthAThread = 4e6;
-  return std::clamp<i64>(static_cast<i64>(flops / kFlopsWorthAThread), 1, torch::stable::get_num_threads());
-}
-
-// The pairs left out, as `Exclude` in sslkernels/reference/contrastive.py says.
-class Exclusion {
- public:
-  Exclusion(std::optional<i64> diagonal, std::optional<i64> period, const std::optional<Tensor>& row_groups,
-            const std::optional<Tensor>& col_groups, const std::optional<Tensor>& keep, bool differ, bool self)
-      : diagonal_(diagonal), period_(period.value_or(0)), differ_(differ), self_(self) {
-    if (row_groups) rank_groups(torch::stable::contiguous(*row_groups), torch::stable::contiguous(*col_groups));
-    if (keep) {
-      keep_tensor_ = torch::stable::contiguous(*keep);
-      keep_ = static_cast<const uint8_t*>(keep_tensor_->const_data_ptr());
-    }
-  }
-
-  // Whether the groups leave out every pair of the tile, so that it need not be computed.
-  bool leaves_nothing(Range rows, Range cols) const {
-    if (row_group_.empty()) return false;
-    const auto [row_low, row_high] = bounds(row_group_, rows);
-    const auto [col_low, col_high] = bounds(col_group_, cols);
-    if (differ_) return row_high < col_low || col_high < row_low;
-    return row_low == row_high && col_low == col_high && row_low == col_low;
-  }
-
-  bool sparse() const { return differ_ && !row_group_.empty(); }
-
-  template <typename T>
-  void apply(T* s, i64 ld, Range rows, Range cols) const {
-    if (diagonal_) {
-      for (i64 i = rows.begin; i < rows.end; ++i) {
-        i64 j = i + *diagonal_;
-        i64 step = cols.size();
-        if (period_) {
-          step = period_;
-          j = cols.begin + (((j - cols.begin) % period_) + period_) % period_;
-        }
-        if (j < cols.begin) continue;
-        for (; j < cols.end; j += step) {
-          s[(i - rows.begin) * ld + j - cols.begin] = kNone<T>;
-          if (!period_) break;
-        }
-      }
-    }
-    if (!row_group_.empty()) {
-      tiles<T>().exclude_groups(s, ld, rows.size(), cols.size(), row_group_.data() + rows.begin,
-                                col_group_.data() + cols.begin, differ_);
-    }
-    if (keep_) {
-      tiles<T>().exclude_columns(s, ld, rows.size(), cols.size(), keep_ + cols.begin);
-      for (i64 i = rows.begin; self_ && i < rows.end; ++i) {
-        if (!keep_[i]) std::fill_n(s + (i - rows.begin) * ld, cols.size(), kNone<T>);
-      }
-    }
-  }
-
- private:
-  static std::pair<int32_t, int32_t> bounds(const std::vector<int32_t>& groups, Range r) {
-    const auto [low, high] = std::minmax_element(groups.begin() + r.begin, groups.begin() + r.end);
-    return {*low, *high};
-  }
-
-  // Groups are compared as 32-bit numbers, twice as many at a time: offsets from the smallest, or ranks if too wide.
-  void rank_groups(const Tensor& rows, const Tensor& cols) {
-    const i64* sides[2] = {static_cast<const i64*>(rows.const_data_ptr()),
-                           static_cast<const i64*>(cols.const_data_ptr())};
-    const i64 sizes[2] = {rows.numel(), cols.numel()};
-    std::vector<int32_t>* ranks[2] = {&row_group_, &col_group_};
-    i64 low = std::numeric_limits<i64>::max(), high = std::numeric_limits<i64>::min();
-    for (int side = 0; side < 2; ++side) {
-      for (i64 i = 0; i < sizes[side]; ++i) {
-        low = std::min(low, sides[side][i]);
-        high = std::max(high, sides[side][i]);
-      }
-    }
-    std::vector<i64> sorted;
-    const bool wide = low <= high && static_cast<uint64_t>(high) - static_cast<uint64_t>(low) > 0x7fffffffu;
-    if (wide) {
-      for (int side = 0; side < 2; ++side) sorted.insert(sorted.end(), sides[side], sides[side] + sizes[side]);
-      std::sort(sorted.begin(), sorted.end());
-      sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-    }
-    for (int side = 0; side < 2; ++side) {
-      ranks[side]->resize(sizes[side]);
-      for (i64 i = 0; i < sizes[side]; ++i) {
-        const i64 g = sides[side][i];
-        (*ranks[side])[i] = static_cast<int32_t>(
-            wide ? std::lower_bound(sorted.begin(), sorted.end(), g) - sorted.begin() : g - low);
-      }
-    }
-  }
-
-  std::optional<i64> diagonal_;
-  i64 period_;
-  bool differ_, self_;
-  std::vector<int32_t> row_group_, col_group_;
-  std::optional<Tensor> keep_tensor_;
-  const uint8_t* keep_ = nullptr;
-};
 
 // Row panels of q against column strips of k. Threads own columns, so gradients of k need no lock and no copy a thread;
 // gradients of q are summed over threads after each panel. Panels depend on the shape alone, never on the threads.
@@ -254,7 +19,9 @@ class Sweep {
         m(k.rows),
         d(q.cols),
         self(self),
-        panel_rows(n >= 1024 ? 256 : n >= 256 ? 128 : 64),
+        panel_rows(n >= 1024  ? 256
+                   : n >= 256 ? 128
+                              : 64),
         tile_cols(exclusion.sparse() ? 128 : 512),
         threads(useful_threads(2.0 * std::min(panel_rows, n) * m * d)),
         tile(tiles<T>()),
@@ -357,15 +124,18 @@ class Products {
 
   // After all threads have added their tiles of a panel: its rows of u_q, times an optional factor a row and thread.
   void leave(Range rows) {
-    if (!u_q_) return;
+    if (!u_q_)
+      return;
     const i64 d = s_.d;
     run(s_.threads, [&](i64 t) {
       const Range mine = part(0, rows.size(), t, s_.threads);
       T* out = u_q_ + (rows.begin + mine.begin) * d;
       const i64 count = mine.size() * d;
-      if (!s_.self || rows.begin == 0) std::fill_n(out, count, T(0));
+      if (!s_.self || rows.begin == 0)
+        std::fill_n(out, count, T(0));
       for (i64 other = 0; other < s_.threads; ++other) {
-        if (!started_[other]) continue;
+        if (!started_[other])
+          continue;
         s_.tile.add(out, count, parts_ + (other * s_.panel_rows + mine.begin) * d, count, 1, count);
       }
     });
@@ -378,7 +148,8 @@ class Products {
     const i64 d = s_.d;
     T* scratch = product_ + t * std::max(s_.panel_rows, s_.tile_cols) * d;
     multiply<T>({more ? scratch : out, rows, d, d, 1}, a, b);
-    if (more) s_.tile.add(out, rows * d, scratch, rows * d, 1, rows * d);
+    if (more)
+      s_.tile.add(out, rows * d, scratch, rows * d, 1, rows * d);
   }
 
   const Sweep<T>& s_;
