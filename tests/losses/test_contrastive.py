@@ -159,6 +159,11 @@ CASES = {
     "dcl weighted": Case(
         lambda a, b, t: losses.dcl(a, b, t, spread), lambda a, b, t: formula.dcl(a, b, t, spread), views
     ),
+    "dcl weighted rows": Case(
+        lambda a, b, t: losses.dcl(a, b, t, spread, reduction="none"),
+        lambda a, b, t: formula.dcl_rows(a, b, t, spread).flatten(),
+        views,
+    ),
 }
 
 

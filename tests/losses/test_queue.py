@@ -133,9 +133,15 @@ def gradient(loss: Tensor, query: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), query)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [
+        pytest.param(torch.float32, False, id="eager"),
+        pytest.param(torch.bfloat16, False, id="eager, 16-bit queue"),
+        pytest.param(torch.float32, True, id="compiled"),
+    ],
+)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_enqueueing_between_forward_and_backward(name: str, dtype: torch.dtype, compiled: bool) -> None:
     """As MoCo does. The gradient is that of the queue as the forward saw it, bit for bit."""
     loss_fn = InfoNCELoss(torch.nn.Parameter(torch.tensor(0.2)), **{"normalize": False, **OPTIONS[name]})
