@@ -117,6 +117,7 @@ Gradients lse_backward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, 
                        const std::vector<double>& betas, Side<T> row, Side<T> col, const T* kept, bool self,
                        bool want_q, bool want_k, bool want_scale) {
   Sweep<T> s(q_tensor, k_tensor, scale, exclusion, self);
+  s.set_diagonal_cost(kept ? 1.0 / 2 : 2.0 / 3);  // products: scores unless kept, W k, and W^T q off the diagonal
   const i64 channels = static_cast<i64>(betas.size()), r = s.panel_rows, c = s.tile_cols;
   Gradients out = gradient_tensors(s, want_q, want_k, want_scale);
   T* u_q = out.q.dim() == 2 ? data<T>(out.q) : nullptr;

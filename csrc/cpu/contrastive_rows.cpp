@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> l2_normalize(const std::vector<Tensor>& xs, double ep
             for (i64 j = 0; j < d; ++j) sum += static_cast<double>(row[j]) * row[j];
             norms[i] = static_cast<T>(std::sqrt(sum));
           }
-          const T largest = norms[i] < static_cast<T>(eps) ? static_cast<T>(eps) : norms[i];
-          for (i64 j = 0; j < d; ++j) row[j] /= largest;
+          const T inverse = 1 / std::max(norms[i], static_cast<T>(eps));
+          tiles<T>().scale_rows(row, d, row, d, &inverse, 1, d);
         }
       });
       first += x.rows;

@@ -47,16 +47,18 @@ class Sweep {
   // A self-similarity starts at the diagonal, and no tile straddles the panel's diagonal block.
   template <typename F, typename G>
   void for_tiles(Range rows, i64 t, const F& f, const G& g) const {
-    const Range strip = part(self ? rows.begin : 0, m, t, threads);
-    for (i64 j = strip.begin; j < strip.end;) {
-      const i64 stop = self && j < rows.end ? std::min(rows.end, strip.end) : strip.end;
-      const Range cols{j, std::min(stop, j + tile_cols)};
-      if (exclusion.leaves_nothing(rows, cols)) {
-        g(cols);
-      } else {
-        f(cols);
+    const Range strip{boundary(rows, t), boundary(rows, t + 1)};
+    const i64 middle = self ? std::clamp(rows.end, strip.begin, strip.end) : strip.begin;
+    for (const Range segment : {Range{strip.begin, middle}, Range{middle, strip.end}}) {
+      const i64 count = (segment.size() + tile_cols - 1) / tile_cols;
+      for (i64 i = 0; i < count; ++i) {
+        const Range cols = part(segment.begin, segment.end, i, count);
+        if (exclusion.leaves_nothing(rows, cols)) {
+          g(cols);
+        } else {
+          f(cols);
+        }
       }
-      j = cols.end;
     }
   }
 
@@ -72,6 +74,9 @@ class Sweep {
     exclusion.apply(s, ld, rows, cols);
   }
 
+  // What a column of the diagonal block costs, as a share of another: the symmetric half of its products is not needed.
+  void set_diagonal_cost(double cost) { diagonal_cost_ = cost; }
+
   T* score_tile(i64 t) const { return scores_ + t * panel_rows * tile_cols; }
 
   const Operand<T> q, k;
@@ -82,7 +87,19 @@ class Sweep {
   const Exclusion& exclusion;
 
  private:
+  // First column of thread t's strip
+  i64 boundary(Range rows, i64 t) const {
+    if (!self)
+      return part(0, m, t, threads).begin;
+    if (t == threads)
+      return m;
+    const double diagonal = diagonal_cost_ * rows.size(), before = (diagonal + m - rows.end) * t / threads;
+    const double columns = before < diagonal ? before / diagonal_cost_ : rows.size() + before - diagonal;
+    return std::min(m, rows.begin + static_cast<i64>(columns) / 16 * 16);
+  }
+
   T scale_;
+  double diagonal_cost_ = 1;
   Buffer<T> scaled_, raw_, keys_, scores_;
   const T* query_ = nullptr;
   i64 query_ld_ = 0;
