@@ -216,7 +216,7 @@ def supcon(
     rows = (lse_pos - mean).where(count > 1, 0.0) + common.softplus(lse_neg - lse_pos)
     if label_smoothing:
         rows = rows + label_smoothing * (mean - (zc @ zc.sum(0) - self_dot) * (scale / max(len(zc) - 1, 1)))
-    rows = rows.where(has, 0.0).where(labels >= 0, torch.nan)
+    rows = rows.where(labels >= 0, torch.nan)
     weight = has.to(rows.dtype) if sample_weight is None else has * sample_weight[order].to(rows.dtype)
     loss = _reduce_present(rows, reduction, weight, order)
     if not return_stats:
