@@ -8,7 +8,8 @@ precision of the input it is what eager PyTorch gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -247,10 +248,20 @@ class Truth(NamedTuple):
 def cotangents_of(op: Op, tensors: Tensors, positive: bool = False, **options: Any) -> list[Tensor]:
     """One random cotangent an output, in float32 so that it is the same number everywhere."""
     with torch.no_grad():
-        shapes = [out.shape for out in op.reference(tensors, **options)]
+        shapes = [out.shape for out in op.ours(tensors, **options)]
     return [torch.rand(shape) + 0.5 if positive else torch.randn(shape) for shape in shapes]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than they bring where others use the processor too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@one_thread()
 def truth(
     op: Op, tensors: Tensors, cotangents: Sequence[Tensor], dtype: torch.dtype = torch.float64, **options: Any
 ) -> Truth:
