@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,6 @@ def augment(
     return views + noise * torch.randn(views.shape, generator=generator, device=device, dtype=dtype)
 
 
-def two_views(images: Tensor, *, generator: torch.Generator | None = None, **options: object) -> tuple[Tensor, Tensor]:
+def two_views(images: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """Two independent `augment`ed views of each image, as SimCLR and MoCo take them: (view0, view1)."""
-    return augment(images, generator=generator, **options), augment(images, generator=generator, **options)  # type: ignore[arg-type]
+    return augment(images, generator=generator, **options), augment(images, generator=generator, **options)

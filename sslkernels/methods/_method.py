@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 
@@ -25,6 +23,3 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """What the method does after the optimizer's step; most do nothing."""
-
-    def __call__(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return super().__call__(batch)
