@@ -77,8 +77,10 @@ lse_backward = define(
 
 def _lse_setup(ctx, inputs, output) -> None:
     q, k, scale_tensor, ctx.scale, diagonal, period, query_groups, key_groups, key_mask, differ, scales, *_ = inputs
-    row, col, _, top, scores = output
-    ctx.mark_non_differentiable(top, scores)
+    row, col, positive, top, scores = output
+    # what nobody asked for is empty: a gradient of it, however empty, must not reach the kernel
+    absent = [x for x, asked in ((col, inputs[-3]), (positive, inputs[-1] is not None)) if not asked]
+    ctx.mark_non_differentiable(top, scores, *absent)
     ctx.save_for_backward(q, k, scale_tensor, query_groups, key_groups, key_mask, row, col, scores)
     ctx.diagonal, ctx.period, ctx.differ, ctx.scales, ctx.offset = diagonal, period, differ, scales, inputs[-1]
 
@@ -133,7 +135,7 @@ self_lse_backward = define(
 def _self_lse_setup(ctx, inputs, output) -> None:
     z, scale_tensor, ctx.scale, ctx.diagonal, ctx.period, groups, key_mask, ctx.differ, ctx.scales, _, offset = inputs
     ctx.offset = offset
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[2 if offset is not None else 1 :])
     ctx.save_for_backward(z, scale_tensor, groups, key_mask, output[0], output[3])
 
 
