@@ -102,68 +102,6 @@ std::tuple<Tensor, Tensor, Tensor> similarity_row_attention(const Tensor& q, con
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cross_entropy(
-    const Tensor& q, const Tensor& k, const Tensor& positive, const Optional& weight, double uniform_weight,
-    const Optional& scale_tensor, double scale_number, Index diagonal, Index period, const Optional& query_groups,
-    const Optional& key_groups, const Optional& key_mask, bool differ, bool decoupled, std::vector<bool> mask) {
-  const Exclusion exclusion(diagonal, period, query_groups, key_groups, key_mask, differ, false);
-  return with_type(q, k, [&](auto zero) {
-    using T = decltype(zero);
-    const i64 n = q.size(0);
-    const bool want_q = mask[0], want_k = mask[1], want_scale = mask[3];
-    const T scale = value<T>(scale_tensor, scale_number);
-    const Tensor positives = dense<T>(positive);
-    const Optional weights = weight ? Optional(dense<T>(*weight)) : std::nullopt;
-    const T *pos = data<T>(positives), *w = weights ? data<T>(*weights) : nullptr;
-    // weight_i d loss_i / d lse_i
-    const auto slope = [&](i64 i, T lse) {
-      const T a = w ? w[i] : static_cast<T>(uniform_weight), margin = lse - pos[i];
-      if (decoupled)
-        return a;
-      const T e = std::exp(-std::abs(margin));
-      return a * (margin > 0 ? 1 / (1 + e) : margin <= 0 ? e / (1 + e) : margin);
-    };
-    Tensor lse, top;
-    Gradients g{empty({0}, kScalar<T>), empty({0}, kScalar<T>), 0};
-    if (!want_q && !want_k && !want_scale) {
-      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, false, false);
-      lse = torch::stable::reshape(out.row, {n}), top = out.top;
-    } else if (!want_k) {
-      AttentionResult out = attention<T>(q, k, scale, exclusion);
-      lse = out.lse, top = out.top;
-      const i64 d = q.size(1);
-      T* context = data<T>(out.context);
-      for (i64 i = 0; i < n; ++i) {
-        const T a = slope(i, data<T>(lse)[i]);
-        tiles<T>().scale_rows(context + i * d, d, context + i * d, d, &a, 1, d);
-      }
-      g.scale = finish(Operand<T>(q), scale, context, want_scale);
-      if (want_q)
-        g.q = out.context;
-    } else if (fits_one_sweep<T>(n, k.size(0))) {
-      OneSweepResult out = one_sweep<T>(q, k, scale, exclusion, want_q, want_k, want_scale, slope);
-      lse = out.lse, top = out.top, g = out.gradients;
-    } else {
-      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, false, false);
-      lse = torch::stable::reshape(out.row, {n}), top = out.top;
-      Buffer<T> slopes(n);
-      for (i64 i = 0; i < n; ++i) slopes[i] = slope(i, data<T>(lse)[i]);
-      g = lse_backward<T>(q, k, scale, exclusion, {1.0}, {data<T>(lse), slopes}, {}, nullptr, false, want_q, want_k,
-                          want_scale);
-    }
-    double loss = 0;
-    Tensor dpositive = empty({mask[2] ? n : 0}, kScalar<T>);
-    for (i64 i = 0; i < n; ++i) {
-      const T total = data<T>(lse)[i], margin = total - pos[i];
-      const T row = decoupled ? margin : std::max(margin, T(0)) + std::log1p(std::exp(-std::abs(margin)));
-      loss += static_cast<double>(w ? w[i] : static_cast<T>(uniform_weight)) * (margin == margin ? row : margin);
-      if (mask[2])
-        data<T>(dpositive)[i] = -slope(i, total);
-    }
-    return std::make_tuple(scalar<T>(loss, true), lse, top, g.q, g.k, dpositive, scalar<T>(g.scale, want_scale));
-  });
-}
-
 template <typename T>
 struct SoftplusResult {
   Tensor rows;
@@ -277,7 +215,6 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, library) {
   library.impl("self_similarity_logsumexp", TORCH_BOX(&self_similarity_logsumexp));
   library.impl("self_similarity_logsumexp_backward", TORCH_BOX(&self_similarity_logsumexp_backward));
   library.impl("similarity_row_attention", TORCH_BOX(&similarity_row_attention));
-  library.impl("similarity_cross_entropy", TORCH_BOX(&similarity_cross_entropy));
   library.impl("similarity_softplus", TORCH_BOX(&similarity_softplus));
   library.impl("similarity_softplus_backward", TORCH_BOX(&similarity_softplus_backward));
   library.impl("similarity_softplus_sum", TORCH_BOX(&similarity_softplus_sum));

@@ -12,12 +12,37 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
 from sslkernels.losses import _common as common
-from sslkernels.ops.contrastive import Exclude, l2_normalize, self_similarity_logsumexp
+from sslkernels.ops.contrastive import (
+    KEPT_BYTES,
+    Exclude,
+    l2_normalize,
+    self_similarity_cross_entropy,
+    self_similarity_logsumexp,
+)
 
 
 def _stack(out0: Tensor, out1: Tensor) -> Tensor:
     """Both views' unit rows, (2N, D), as the sweep will see them."""
     return cast_features(l2_normalize(*common.one_dtype(out0, out1)))[0]
+
+
+def _one_call(
+    z: Tensor, scale: Tensor | float, others: Exclude, reduction: str, weight: Tensor | None, decoupled: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Loss, positives (2, N) and hardest negatives (2, N) from one op, for a small batch: there calls outweigh work.
+
+    None where the rows' weights are not constants, or where the batch is large: the op keeps one copy of z more.
+    """
+    if not common.one_sweep(reduction, weight) or z.shape[0] ** 2 * 4 > KEPT_BYTES:
+        return None
+    if weight is not None:
+        weight = weight.repeat(2)
+    rows = z.new_empty(z.shape[0], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    weights = common.row_weight(rows, reduction, weight)
+    loss, _, positive, top = self_similarity_cross_entropy(
+        z, scale, exclude=others, weight=weights, decoupled=decoupled, autocast=False
+    )
+    return loss, positive.view(2, -1), top.view(2, -1)
 
 
 def nt_xent(
@@ -69,8 +94,11 @@ def nt_xent(
         raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
     z = _stack(out0, out1)
-    scales = (1.0 + beta, beta) if beta else None
     others = Exclude(diagonal=0, period=n)
+    plain = not (label_smoothing or beta or tau_plus)
+    if plain and (found := _one_call(z, scale, others, reduction, sample_weight, decoupled=False)):
+        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
+    scales = (1.0 + beta, beta) if beta else None
     lse, positive, top = self_similarity_logsumexp(
         z, scale, others, scales=scales, return_positive=True, return_max=True
     )
@@ -128,6 +156,8 @@ def dcl(
     scale = common.inverse(temperature, out0)
     z = _stack(out0, out1)
     others = Exclude(diagonal=0, period=n)
+    if weight_fn is None and (found := _one_call(z, scale, others, reduction, sample_weight, decoupled=True)):
+        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     lse, positive, top = self_similarity_logsumexp(z, scale, others, return_positive=True, return_max=True)
     positive = positive.view(2, n)
     rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z[:n], z[n:]))

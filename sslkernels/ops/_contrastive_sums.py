@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.ops._contrastive import _BIAS, _PAIRS, _SCALE, _asked, _asked_scalar, _empty, _fake_gradients
+from sslkernels.ops._contrastive import (
+    _BIAS,
+    _PAIRS,
+    _SCALE,
+    _SELF_PAIRS,
+    _asked,
+    _asked_scalar,
+    _empty,
+    _fake_gradients,
+)
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _contrastive as reference
 from sslkernels.reference.contrastive import compute_dtype
@@ -77,6 +86,37 @@ def _cross_entropy_autograd(ctx, grad, *unused):
 
 
 differentiable(cross_entropy, setup_context=_cross_entropy_setup, backward=_cross_entropy_autograd)
+
+# self_similarity_cross_entropy
+
+
+def _self_cross_entropy_fake(z, *rest):
+    dtype, row = compute_dtype(z), (z.shape[0],)
+    rows = (_empty(z, row, dtype) for _ in range(3))
+    return _empty(z, (), dtype), *rows, *_fake_gradients(rest[-1], (dtype,) * 2, z, z.shape, ())
+
+
+self_cross_entropy = define(
+    f"self_similarity_cross_entropy(Tensor z, Tensor? weight, float uniform_weight, {_SCALE}, {_SELF_PAIRS},"
+    " SymInt offset, bool keep_scores, bool decoupled, bool[2] output_mask)"
+    " -> (Tensor loss, Tensor lse, Tensor positive, Tensor row_max, Tensor dz, Tensor dscale)",
+    reference=reference.self_cross_entropy_forward,
+    fake=_self_cross_entropy_fake,
+)
+
+
+def _self_cross_entropy_setup(ctx, inputs, output) -> None:
+    z, _, _, scale_tensor, *_, mask = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    _save_emitted(ctx, (z, scale_tensor), mask, output[4:])
+
+
+def _self_cross_entropy_autograd(ctx, grad, *unused):
+    dz, dscale = _emitted(ctx, grad)
+    return dz, None, None, dscale, *(None,) * 10
+
+
+differentiable(self_cross_entropy, setup_context=_self_cross_entropy_setup, backward=_self_cross_entropy_autograd)
 
 # similarity_softplus and its one-sweep sum
 

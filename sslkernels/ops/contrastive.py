@@ -27,6 +27,7 @@ __all__ = [
     "Exclude",
     "l2_normalize",
     "sampled_logsumexp",
+    "self_similarity_cross_entropy",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",
     "similarity_logsumexp",
@@ -199,20 +200,11 @@ def self_similarity_logsumexp(
         >>> self_similarity_logsumexp(z, 2.0, Exclude(diagonal=0, period=4)).shape
         torch.Size([8])
     """
-    if exclude.diagonal not in (None, 0) or exclude.key_groups is not None:
-        raise ValueError(
-            "exclude must be symmetric: diagonal 0 or None and key_groups None, got "
-            f"diagonal {exclude.diagonal}, key_groups {'given' if exclude.key_groups is not None else None}"
-        )
-    _check(z, z, symmetric(exclude), scale=scale)
+    offset = _check_self(z, scale, exclude, return_positive)
     multipliers = _multipliers(scales)
     (z,) = cast_features(z, autocast=autocast)
     kept = _keep(z.shape[0], z.shape[0], _wanted(z, scale), compute_dtype(z))
-    pairs = (exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ)
-    if return_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
-        raise ValueError(f"return_positive needs z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")
-    offset = exclude.period if return_positive else None
-    lse, positive, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept, offset)
+    lse, positive, top, _ = op.self_lse(z, *_split(scale), *_self_pairs(exclude), multipliers, kept, offset)
     lse = lse[0] if scales is None else lse
     out = (lse,) + (positive,) * return_positive + (top,) * return_max
     return out if len(out) > 1 else lse
@@ -260,6 +252,48 @@ def similarity_cross_entropy(
     mask = _wanted(q, k, positive, scale)
     loss, row, top, *_ = sum_op.cross_entropy(q, k, positive, tensor, number, *_split(scale), *exclude, decoupled, mask)
     return loss, row, top
+
+
+def self_similarity_cross_entropy(
+    z: Tensor,
+    scale: Tensor | float = 1.0,
+    *,
+    exclude: Exclude,
+    weight: Tensor | float = 1.0,
+    decoupled: bool = False,
+    autocast: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted sum of each row's softmax cross-entropy against the others, loss and gradients in one call.
+
+        lse_i, positive_i as `self_similarity_logsumexp` gives them
+        loss = sum_i weight_i softplus(lse_i - positive_i)        (decoupled: weight_i (lse_i - positive_i))
+
+    The same sweeps as that op and its backward, for batches so small that the calls between them are what costs.
+
+    Args:
+        z: features, (2 * exclude.period, D).
+        scale, exclude: as in `self_similarity_logsumexp`, with a period.
+        weight, decoupled: as in `similarity_cross_entropy`.
+
+    Returns:
+        loss (scalar), lse, positives and row maxima (each (2 * exclude.period,)), the last three detached.
+
+    Raises:
+        ValueError, TypeError: as in `self_similarity_logsumexp`; weight of another shape.
+
+    Example:
+        >>> z = torch.randn(8, 16, requires_grad=True)
+        >>> loss, _, _, _ = self_similarity_cross_entropy(z, 2.0, exclude=Exclude(diagonal=0, period=4), weight=1 / 8)
+        >>> loss.backward()
+    """
+    offset = _check_self(z, scale, exclude, True)
+    tensor, number = _weights(weight, z)
+    (z,) = cast_features(z, autocast=autocast)
+    mask = _wanted(z, scale)
+    kept = _keep(z.shape[0], z.shape[0], mask, compute_dtype(z))
+    return sum_op.self_cross_entropy(
+        z, tensor, number, *_split(scale), *_self_pairs(exclude), offset, kept, decoupled, mask
+    )[:4]
 
 
 def similarity_softplus(
@@ -367,6 +401,23 @@ def sampled_logsumexp(
             raise ValueError(f"indices must be in [0, {k.shape[0]}), got {low if low < 0 else high}")
     q, k = cast_features(q, k, autocast=autocast)
     return sum_op.sampled(q, k, indices, mask, *_split(scale))
+
+
+def _check_self(z: Tensor, scale: Any, exclude: Exclude, with_positive: bool) -> int | None:
+    """Checks a self-similarity; returns how far the positive of a row is from it, if it is wanted."""
+    if exclude.diagonal not in (None, 0) or exclude.key_groups is not None:
+        raise ValueError(
+            "exclude must be symmetric: diagonal 0 or None and key_groups None, got "
+            f"diagonal {exclude.diagonal}, key_groups {'given' if exclude.key_groups is not None else None}"
+        )
+    _check(z, z, symmetric(exclude), scale=scale)
+    if with_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
+        raise ValueError(f"positives need z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")
+    return exclude.period if with_positive else None
+
+
+def _self_pairs(exclude: Exclude) -> tuple:
+    return exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ
 
 
 def _check_samples(name: str, x: Any, dtype: torch.dtype, q: Tensor, indices: Any) -> None:

@@ -132,6 +132,19 @@ def cross_entropy_forward(q, k, positive, weight, uniform_weight, scale_tensor, 
     return loss, lse, _row_max(s), dq, dk, -slope if mask[2] else s.new_empty(0), dscale
 
 
+def self_cross_entropy_forward(z, weight, uniform_weight, scale_tensor, scale, *rest):
+    *pairs, offset, _, decoupled, mask = rest
+    weight = uniform_weight if weight is None else weight
+    lse, positive, top, none = self_lse_forward(z, scale_tensor, scale, *pairs, (1.0,), False, offset)
+    lse = lse[0]
+    margin = lse - positive
+    loss = (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
+    slope = weight * (torch.ones_like(margin) if decoupled else torch.sigmoid(margin))
+    wide, saved = z.to(lse.dtype), ((1.0,), offset, lse[None], none, mask)
+    dz, dscale = self_lse_backward(slope[None], -slope, wide, scale_tensor, scale, *pairs, *saved)
+    return loss, lse, positive, top, dz, dscale
+
+
 def softplus_forward(q, k, scale_tensor, scale, bias_tensor, bias, *pairs):
     return similarity_softplus(q, k, _scale(scale_tensor, scale), _scale(bias_tensor, bias), exclude=Exclude(*pairs))
 

@@ -130,6 +130,21 @@ def similarity_cross_entropy(
     return (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
 
 
+def self_similarity_cross_entropy(
+    z: Tensor,
+    scale: Tensor | float = 1.0,
+    *,
+    exclude: Exclude,
+    weight: Tensor | float = 1.0,
+    decoupled: bool = False,
+) -> Tensor:
+    """similarity_cross_entropy of z with itself; the positive of row i is the row exclude.period further."""
+    assert exclude.period is not None
+    lse = self_similarity_logsumexp(z, scale, exclude=exclude)
+    margin = lse - positives(z, z, scale, exclude.period)
+    return (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
+
+
 def sampled_logsumexp(
     q: Tensor, k: Tensor, indices: Tensor, scale: Tensor | float = 1.0, *, mask: Tensor | None = None
 ) -> Tensor:
