@@ -16,6 +16,9 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cp
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m sslkernels.demo $(ARGS)
 
+# One thread: on few or busy cores, threads that wait for each other cost minutes. Tests that are about threads set them.
+test compat: export OMP_NUM_THREADS ?= 1
+test compat: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
