@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     steps, batch_size = (8, 64) if args.quick else (args.steps, args.batch_size)
     if steps < 1:
         parser.error(f"--steps must be at least 1, got {steps}")
-    if not 2 <= batch_size <= (most := len(data.digits().train_images)):
+    most = len(data.digits().train_images)
+    if not 2 <= batch_size <= most:
         parser.error(f"--batch-size must be between 2 and the {most:,} training images, got {batch_size}")
     print(f"SimCLR on scikit-learn's digits: {steps} steps of {batch_size:,} pairs, twice from one seed\n")
     result = run(steps=steps, batch_size=batch_size, out=args.out)

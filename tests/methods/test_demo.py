@@ -39,3 +39,17 @@ def test_peak_memory_finds_the_matrices():
     eager = demo.peak_memory("eager", 1024)
     assert eager is not None and eager > 32
     assert demo.peak_memory("sslkernels", 1024) < eager / 2
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch-size", "1"], ["--batch-size", "2000"]])
+def test_refuses(arguments, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_table_without_a_memory_figure():
+    side = {"curve": [2.0, 1.0], "loss_ms": 2.0, "step_ms": 4.0, "peak_mib": None, "knn": 90.0}
+    result = {"eager": side, "sslkernels": {**side, "loss_ms": 1.0}, "largest_difference": 0.0}
+    text = demo.table({**result, "knn_raw_pixels": 80.0, "knn_untrained": 70.0})
+    assert "not measured" in text and "2.0x less" in text
