@@ -139,13 +139,14 @@ def relative(x: Tensor, truth: Tensor) -> float:
 def errors(loss: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, float]:
     """Relative errors of value and gradients against `truth` in float64 on the same inputs; each is one backward.
 
-    A result that is not a scalar is contracted with one random cotangent.
+    A result that is not a scalar is contracted with one random cotangent, positive, as the gradient of a scalar (scale,
+    bias) would cancel otherwise, and its relative error mean nothing.
     """
     mine, exact = leaves(inputs), leaves(inputs, torch.float64)
     value, true_value = loss(**mine), truth(**exact)
     if value.shape != true_value.shape:
         raise AssertionError(f"shape {tuple(value.shape)}, the formula has {tuple(true_value.shape)}")
-    cotangent = torch.randn(true_value.shape, dtype=torch.float64) if true_value.ndim else torch.tensor(1.0).double()
+    cotangent = torch.rand(true_value.shape, dtype=torch.float64) + 0.5 if true_value.ndim else torch.ones(()).double()
     got = gradients(value, mine, cotangent.to(value.dtype))
     want = gradients(true_value, exact, cotangent.to(value.dtype).double())
     return {"value": relative(value, true_value), **{name: relative(got[name], want[name]) for name in inputs}}

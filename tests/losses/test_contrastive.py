@@ -185,6 +185,20 @@ def test_a_number_for_temperature_scale_and_bias_is_the_same_as_a_tensor(name: s
     torch.testing.assert_close(case.loss(**as_numbers), case.loss(**inputs), rtol=formula.bound(F64, 4), atol=0)
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "info_nce", "clip", "siglip", "supcon"])
+def test_a_batch_whose_matrix_is_not_kept(name: str) -> None:
+    """Beyond 4 MiB of logits other ways are taken than for the small batches above."""
+    case = CASES[name]
+    inputs = {**case.inputs(), "a": rand(1030, D), "b": rand(1030, D)}
+    if name == "supcon":
+        labels = torch.randint(300, (1030,))
+        inputs.pop("b")
+        case = Case(lambda a, t: losses.supcon(a, labels, t), lambda a, t: formula.supcon(a, labels, t), case.inputs)
+    if name == "clip":
+        inputs.pop("bias")
+    formula.assert_close(formula.errors(case.loss, case.formula, inputs), formula.bound(F64, 1 / 0.3))
+
+
 def test_clip_has_a_zero_gradient_for_its_bias() -> None:
     inputs = formula.leaves(image_text())
     loss = losses.clip_loss(inputs["a"], inputs["b"], inputs["scale"], inputs["bias"])

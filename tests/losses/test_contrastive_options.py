@@ -17,7 +17,7 @@ from sslkernels import losses
 from sslkernels.losses import MemoryQueue
 
 N, D = 12, 5
-LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 8, 9])  # the last two are alone
+LABELS = torch.tensor([8, 0, 3, 1, 0, 3, 2, 9, 1, 3, 2, 3])  # 8 and 9 are alone
 EXTRA = torch.randn(9, D, generator=torch.Generator().manual_seed(1)).double()
 
 LOSSES: dict[str, Callable[..., Any]] = {
