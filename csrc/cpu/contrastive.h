@@ -49,6 +49,15 @@ template <typename T>
 double add_positive_gradients(const Tensor& q, const Tensor& k, T scale, i64 offset, const T* grad, T* dq, T* dk,
                               bool self, bool want_scale);
 
+// Unit rows of the tensors, one below the other, in their dtype, and the norms; and the gradient of some of the rows.
+struct UnitRows {
+  Tensor z, norm;
+};
+template <typename T>
+UnitRows normalize_rows(const std::vector<Tensor>& xs, double eps);
+template <typename T>
+Tensor normalize_rows_backward(const Tensor& grad, const Tensor& z, const Tensor& norm, double eps, Range wanted);
+
 // One panel of exponentials at a time: row log-sum-exps, then all gradients, from one product q k^T. `slope` maps a
 // row's log-sum-exp to the weight of its gradient.
 struct OneSweepResult {

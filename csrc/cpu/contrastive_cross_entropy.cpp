@@ -96,29 +96,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cr
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_similarity_cross_entropy(
-    const Tensor& z, const Optional& weight, double uniform_weight, const Optional& scale_tensor, double scale_number,
-    Index diagonal, Index period, const Optional& groups, const Optional& key_mask, bool differ, i64 offset,
-    bool keep_scores, bool decoupled, std::vector<bool> mask) {
-  const Exclusion exclusion(diagonal, period, groups, groups, key_mask, differ, true);
-  return with_type(z, z, [&](auto zero) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_view_cross_entropy(
+    const Tensor& out0, const Tensor& out1, const Optional& weight, double uniform_weight, const Optional& scale_tensor,
+    double scale_number, bool decoupled, std::vector<bool> mask) {
+  constexpr double kEps = 1e-12;
+  constexpr i64 kKeptBytes = i64(4) << 20;
+  return with_type(out0, out0, [&](auto zero) {
     using T = decltype(zero);
     const T scale = value<T>(scale_tensor, scale_number);
-    const bool wanted = mask[0] || mask[1];
-    LseResult out = lse_forward<T>(z, z, scale, exclusion, {1.0}, false, keep_scores && wanted, true);
-    const Tensor lse = torch::stable::reshape(out.row, {z.size(0)});
-    const Tensor positive = positive_scores<T>(z, z, scale, offset);
+    const i64 n = out0.size(0);
+    const bool want_x = mask[0] || mask[1], want_scale = mask[2];
+    const bool keep = (want_x || want_scale) && 4 * n * n * i64(sizeof(T)) <= kKeptBytes;
+    const Exclusion exclusion(0, n, std::nullopt, std::nullopt, std::nullopt, false, true);
+    const UnitRows unit = normalize_rows<T>({out0, out1}, kEps);
+    const Tensor& z = unit.z;
+    LseResult out = lse_forward<T>(z, z, scale, exclusion, {1.0}, false, keep, true);
+    const Tensor lse = torch::stable::reshape(out.row, {2 * n});
+    const Tensor positive = positive_scores<T>(z, z, scale, n);
     const RowLosses<T> losses(positive, weight, uniform_weight, decoupled);
-    Gradients g{empty({0}, kScalar<T>), empty({0}, kScalar<T>), 0};
-    if (wanted) {
-      const Tensor slopes = losses.slopes(lse, T(1)), down = losses.slopes(lse, T(-1));
-      const Side<T> side{data<T>(lse), data<T>(slopes)};
-      g = lse_backward<T>(z, z, scale, exclusion, {1.0}, side, side,
-                          out.scores.dim() == 2 ? data<T>(out.scores) : nullptr, true, mask[0], false, mask[1]);
-      g.scale += add_positive_gradients<T>(z, z, scale, offset, data<T>(down), mask[0] ? data<T>(g.q) : nullptr,
-                                           nullptr, true, mask[1]);
+    Tensor dx[2] = {empty({0}, kScalar<T>), empty({0}, kScalar<T>)};
+    double dscale = 0;
+    if (want_x || want_scale) {
+      const Tensor up = losses.slopes(lse, T(1)), down = losses.slopes(lse, T(-1));
+      const Side<T> side{data<T>(lse), data<T>(up)};
+      const Gradients g = lse_backward<T>(z, z, scale, exclusion, {1.0}, side, side,
+                                          keep ? data<T>(out.scores) : nullptr, true, want_x, false, want_scale);
+      dscale = g.scale + add_positive_gradients<T>(z, z, scale, n, data<T>(down), want_x ? data<T>(g.q) : nullptr,
+                                                   nullptr, true, want_scale);
+      for (i64 view = 0; view < 2; ++view) {
+        if (mask[view])
+          dx[view] = normalize_rows_backward<T>(g.q, z, unit.norm, kEps, {view * n, (view + 1) * n});
+      }
     }
-    return std::make_tuple(scalar<T>(losses.sum(lse), true), lse, positive, out.top, g.q, scalar<T>(g.scale, mask[1]));
+    return std::make_tuple(scalar<T>(losses.sum(lse), true), lse, positive, out.top, dx[0], dx[1],
+                           scalar<T>(dscale, want_scale));
   });
 }
 
@@ -126,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_similarity_cross
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, library) {
   library.impl("similarity_cross_entropy", TORCH_BOX(&similarity_cross_entropy));
-  library.impl("self_similarity_cross_entropy", TORCH_BOX(&self_similarity_cross_entropy));
+  library.impl("two_view_cross_entropy", TORCH_BOX(&two_view_cross_entropy));
 }
 
 }  // namespace sslkernels

@@ -48,9 +48,63 @@ double add_positive_gradients(const Tensor& q_tensor, const Tensor& k_tensor, T 
   return total;
 }
 
-#define INSTANTIATE(T)                                                      \
-  template Tensor positive_scores<T>(const Tensor&, const Tensor&, T, i64); \
-  template double add_positive_gradients<T>(const Tensor&, const Tensor&, T, i64, const T*, T*, T*, bool, bool);
+template <typename T>
+UnitRows normalize_rows(const std::vector<Tensor>& xs, double eps) {
+  const i64 d = xs[0].size(1);
+  i64 total = 0;
+  for (const Tensor& x : xs) total += x.size(0);
+  Tensor z = empty({total, d}, kScalar<T>), norm = empty({total}, kScalar<T>);
+  i64 first = 0;
+  for (const Tensor& tensor : xs) {
+    const Operand<T> x(tensor);
+    T *out = data<T>(z) + first * d, *norms = data<T>(norm) + first;
+    over_rows(x.rows, kFlopsAnElement * x.rows * d, [&](Range rows) {
+      for (i64 i = rows.begin; i < rows.end; ++i) {
+        T* row = out + i * d;
+        x.load(i, 1, row, T(1));
+        norms[i] = std::sqrt(tiles<T>().dot(row, row, d));
+        // a square that overflows or underflows is taken again in double
+        if (!(norms[i] > T(1e-15) && norms[i] < T(1e18))) {
+          double sum = 0;
+          for (i64 j = 0; j < d; ++j) sum += static_cast<double>(row[j]) * row[j];
+          norms[i] = static_cast<T>(std::sqrt(sum));
+        }
+        tiles<T>().divide(row, std::max(norms[i], static_cast<T>(eps)), d);
+      }
+    });
+    first += x.rows;
+  }
+  return {cast(z, xs[0]), norm};
+}
+
+template <typename T>
+Tensor normalize_rows_backward(const Tensor& grad, const Tensor& z, const Tensor& norm, double eps, Range wanted) {
+  const Operand<T> g(grad), unit(z);
+  const i64 d = g.cols;
+  Tensor out = empty({wanted.size(), d}, kScalar<T>);
+  over_rows(wanted.size(), kFlopsAnElement * wanted.size() * d, [&](Range rows) {
+    Buffer<T> scratch(d);
+    i64 ld;
+    for (i64 i = rows.begin; i < rows.end; ++i) {
+      T* row = data<T>(out) + i * d;
+      const T length = data<T>(norm)[wanted.begin + i];
+      const T* direction = unit.fetch(wanted.begin + i, 1, scratch, &ld);
+      g.load(wanted.begin + i, 1, row, T(1));
+      // below eps the row is divided by a constant
+      const bool clamped = length < static_cast<T>(eps);
+      if (!clamped)
+        tiles<T>().axpy(row, -tiles<T>().dot(row, direction, d), direction, d);
+      tiles<T>().divide(row, clamped ? static_cast<T>(eps) : length, d);
+    }
+  });
+  return out;
+}
+
+#define INSTANTIATE(T)                                                                                           \
+  template Tensor positive_scores<T>(const Tensor&, const Tensor&, T, i64);                                      \
+  template double add_positive_gradients<T>(const Tensor&, const Tensor&, T, i64, const T*, T*, T*, bool, bool); \
+  template UnitRows normalize_rows<T>(const std::vector<Tensor>&, double);                                       \
+  template Tensor normalize_rows_backward<T>(const Tensor&, const Tensor&, const Tensor&, double, Range);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE
@@ -59,60 +113,14 @@ namespace {
 
 std::tuple<Tensor, Tensor> l2_normalize(const std::vector<Tensor>& xs, double eps) {
   return with_type(xs[0], xs[0], [&](auto zero) {
-    using T = decltype(zero);
-    const i64 d = xs[0].size(1);
-    i64 total = 0;
-    for (const Tensor& x : xs) total += x.size(0);
-    const bool narrow = xs[0].scalar_type() != kScalar<T>;
-    Tensor z = empty({total, d}, kScalar<T>), norm = empty({total}, kScalar<T>);
-    i64 first = 0;
-    for (const Tensor& tensor : xs) {
-      const Operand<T> x(tensor);
-      T *out = data<T>(z) + first * d, *norms = data<T>(norm) + first;
-      over_rows(x.rows, kFlopsAnElement * x.rows * d, [&](Range rows) {
-        for (i64 i = rows.begin; i < rows.end; ++i) {
-          T* row = out + i * d;
-          x.load(i, 1, row, T(1));
-          norms[i] = std::sqrt(tiles<T>().dot(row, row, d));
-          // a square that overflows or underflows is taken again in double
-          if (!(norms[i] > T(1e-15) && norms[i] < T(1e18))) {
-            double sum = 0;
-            for (i64 j = 0; j < d; ++j) sum += static_cast<double>(row[j]) * row[j];
-            norms[i] = static_cast<T>(std::sqrt(sum));
-          }
-          const T inverse = 1 / std::max(norms[i], static_cast<T>(eps));
-          tiles<T>().scale_rows(row, d, row, d, &inverse, 1, d);
-        }
-      });
-      first += x.rows;
-    }
-    return std::make_tuple(narrow ? cast(z, xs[0]) : z, norm);
+    UnitRows out = normalize_rows<decltype(zero)>(xs, eps);
+    return std::make_tuple(out.z, out.norm);
   });
 }
 
 Tensor l2_normalize_backward(const Tensor& grad, const Tensor& z, const Tensor& norm, double eps) {
   return with_type(z, z, [&](auto zero) {
-    using T = decltype(zero);
-    const Operand<T> g(grad), unit(z);
-    const i64 d = g.cols;
-    const T* norms = data<T>(norm);
-    Tensor out = empty({g.rows, d}, kScalar<T>);
-    over_rows(g.rows, kFlopsAnElement * g.rows * d, [&](Range rows) {
-      Buffer<T> scratch(d);
-      i64 ld;
-      for (i64 i = rows.begin; i < rows.end; ++i) {
-        T* row = data<T>(out) + i * d;
-        const T* direction = unit.fetch(i, 1, scratch, &ld);
-        g.load(i, 1, row, T(1));
-        const bool clamped = norms[i] < static_cast<T>(eps);
-        const T inverse = 1 / (clamped ? static_cast<T>(eps) : norms[i]);
-        // below eps the row is divided by a constant
-        if (!clamped)
-          tiles<T>().axpy(row, -tiles<T>().dot(row, direction, d), direction, d);
-        tiles<T>().scale_rows(row, d, row, d, &inverse, 1, d);
-      }
-    });
-    return cast(out, z);
+    return cast(normalize_rows_backward<decltype(zero)>(grad, z, norm, eps, {0, z.size(0)}), z);
   });
 }
 

@@ -50,6 +50,8 @@ struct Tiles {
   void (*add)(T* dst, i64 ldd, const T* src, i64 lds, i64 rows, i64 cols);
   // dst = factor_i src
   void (*scale_rows)(T* dst, i64 ldd, const T* src, i64 lds, const T* factor, i64 rows, i64 cols);
+  // x /= divisor; a product with its inverse would round twice
+  void (*divide)(T* x, T divisor, i64 n);
   // sum_j a_j b_j
   T (*dot)(const T* a, const T* b, i64 n);
   // y += a x

@@ -326,6 +326,12 @@ LEAF void scale_rows(T* dst, i64 ldd, const T* src, i64 lds, const T* factor, i6
 }
 
 template <typename T>
+LEAF void divide(T* x, T divisor, i64 n) {
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) x[j] /= divisor;
+}
+
+template <typename T>
 LEAF T dot(const T* a, const T* b, i64 n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -396,10 +402,27 @@ LEAF void exp_all(const T* x, T* out, i64 n) {
 
 template <typename T>
 constexpr Tiles<T> table() {
-  return {exclude_groups<T>, exclude_columns<T>,  maxima<T>, sum_exp<T>,    sum_exp_rows<T>, sum_exp_cols<T>,
-          exp_rows<T>,       rebase<T>,           merge<T>,  factors<T>,    weights<T>,      weights_wide<T>,
-          softplus<T>,       softplus_weights<T>, add<T>,    scale_rows<T>, dot<T>,          axpy<T>,
-          load<T>,           exp_all<T>};
+  return {exclude_groups<T>,
+          exclude_columns<T>,
+          maxima<T>,
+          sum_exp<T>,
+          sum_exp_rows<T>,
+          sum_exp_cols<T>,
+          exp_rows<T>,
+          rebase<T>,
+          merge<T>,
+          factors<T>,
+          weights<T>,
+          weights_wide<T>,
+          softplus<T>,
+          softplus_weights<T>,
+          add<T>,
+          scale_rows<T>,
+          divide<T>,
+          dot<T>,
+          axpy<T>,
+          load<T>,
+          exp_all<T>};
 }
 
 #undef LEAF

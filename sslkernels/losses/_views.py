@@ -16,9 +16,10 @@ from sslkernels.ops.contrastive import (
     KEPT_BYTES,
     Exclude,
     l2_normalize,
-    self_similarity_cross_entropy,
     self_similarity_logsumexp,
+    two_view_cross_entropy,
 )
+from sslkernels.reference.contrastive import compute_dtype
 
 
 def _stack(out0: Tensor, out1: Tensor) -> Tensor:
@@ -27,22 +28,27 @@ def _stack(out0: Tensor, out1: Tensor) -> Tensor:
 
 
 def _one_call(
-    z: Tensor, scale: Tensor | float, others: Exclude, reduction: str, weight: Tensor | None, decoupled: bool
+    views: tuple[Tensor, Tensor], scale: Tensor | float, reduction: str, weight: Tensor | None, decoupled: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Loss, positives (2, N) and hardest negatives (2, N) from one op, for a small batch: there calls outweigh work.
 
-    None where the rows' weights are not constants, or where the batch is large: the op keeps one copy of z more.
+    None where the rows' weights are no constants, where autocast rounds the unit rows, or where the batch is large: the
+    op keeps one more copy of it.
     """
-    if not common.one_sweep(reduction, weight) or z.shape[0] ** 2 * 4 > KEPT_BYTES:
+    n = views[0].shape[0]
+    if not common.one_sweep(reduction, weight) or torch.is_autocast_enabled(views[0].device.type):
         return None
-    if weight is not None:
-        weight = weight.repeat(2)
-    rows = z.new_empty(z.shape[0], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
-    weights = common.row_weight(rows, reduction, weight)
-    loss, _, positive, top = self_similarity_cross_entropy(
-        z, scale, exclude=others, weight=weights, decoupled=decoupled, autocast=False
-    )
-    return loss, positive.view(2, -1), top.view(2, -1)
+    if (2 * n) ** 2 * 4 > KEPT_BYTES:
+        return None
+    weights: Tensor | float
+    if weight is None:
+        weights = 0.5 / n if reduction == "mean" else 1.0
+    else:
+        weight = weight.to(compute_dtype(*views)).repeat(2)
+        weights = common.row_weight(weight, reduction, weight)
+    out0, out1 = common.one_dtype(*views)
+    loss, _, positive, top = two_view_cross_entropy(out0, out1, scale, weight=weights, decoupled=decoupled)
+    return loss, positive.view(2, n), top.view(2, n)
 
 
 def nt_xent(
@@ -93,11 +99,11 @@ def nt_xent(
     if n < 2 and (beta or tau_plus):
         raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
+    plain = not (label_smoothing or beta or tau_plus)
+    if plain and (found := _one_call((out0, out1), scale, reduction, sample_weight, decoupled=False)):
+        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     z = _stack(out0, out1)
     others = Exclude(diagonal=0, period=n)
-    plain = not (label_smoothing or beta or tau_plus)
-    if plain and (found := _one_call(z, scale, others, reduction, sample_weight, decoupled=False)):
-        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     scales = (1.0 + beta, beta) if beta else None
     lse, positive, top = self_similarity_logsumexp(
         z, scale, others, scales=scales, return_positive=True, return_max=True
@@ -154,10 +160,10 @@ def dcl(
     if n < 2:
         raise ValueError(f"out0 must have at least two samples, as one has no negative, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
+    if weight_fn is None and (found := _one_call((out0, out1), scale, reduction, sample_weight, decoupled=True)):
+        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     z = _stack(out0, out1)
     others = Exclude(diagonal=0, period=n)
-    if weight_fn is None and (found := _one_call(z, scale, others, reduction, sample_weight, decoupled=True)):
-        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     lse, positive, top = self_similarity_logsumexp(z, scale, others, return_positive=True, return_max=True)
     positive = positive.view(2, n)
     rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z[:n], z[n:]))

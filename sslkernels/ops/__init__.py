@@ -5,22 +5,22 @@ from sslkernels.ops.contrastive import (
     Exclude,
     l2_normalize,
     sampled_logsumexp,
-    self_similarity_cross_entropy,
     self_similarity_logsumexp,
     similarity_cross_entropy,
     similarity_logsumexp,
     similarity_softplus,
     similarity_softplus_sum,
+    two_view_cross_entropy,
 )
 
 __all__ = [
     "Exclude",
     "l2_normalize",
     "sampled_logsumexp",
-    "self_similarity_cross_entropy",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",
     "similarity_logsumexp",
     "similarity_softplus",
     "similarity_softplus_sum",
+    "two_view_cross_entropy",
 ]

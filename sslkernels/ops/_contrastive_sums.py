@@ -14,7 +14,6 @@ from sslkernels.ops._contrastive import (
     _BIAS,
     _PAIRS,
     _SCALE,
-    _SELF_PAIRS,
     _asked,
     _asked_scalar,
     _empty,
@@ -87,36 +86,36 @@ def _cross_entropy_autograd(ctx, grad, *unused):
 
 differentiable(cross_entropy, setup_context=_cross_entropy_setup, backward=_cross_entropy_autograd)
 
-# self_similarity_cross_entropy
+# two_view_cross_entropy: few arguments and no lists, as what it is for is to cost little beside its work
 
 
-def _self_cross_entropy_fake(z, *rest):
-    dtype, row = compute_dtype(z), (z.shape[0],)
-    rows = (_empty(z, row, dtype) for _ in range(3))
-    return _empty(z, (), dtype), *rows, *_fake_gradients(rest[-1], (dtype,) * 2, z, z.shape, ())
+def _two_view_fake(out0, out1, *rest):
+    dtype, mask = compute_dtype(out0), rest[-1]
+    rows = (_empty(out0, (2 * out0.shape[0],), dtype) for _ in range(3))
+    return _empty(out0, (), dtype), *rows, *_fake_gradients(mask, (dtype,) * 3, out0, out0.shape, out1.shape, ())
 
 
-self_cross_entropy = define(
-    f"self_similarity_cross_entropy(Tensor z, Tensor? weight, float uniform_weight, {_SCALE}, {_SELF_PAIRS},"
-    " SymInt offset, bool keep_scores, bool decoupled, bool[2] output_mask)"
-    " -> (Tensor loss, Tensor lse, Tensor positive, Tensor row_max, Tensor dz, Tensor dscale)",
-    reference=reference.self_cross_entropy_forward,
-    fake=_self_cross_entropy_fake,
+two_view = define(
+    f"two_view_cross_entropy(Tensor out0, Tensor out1, Tensor? weight, float uniform_weight, {_SCALE}, bool decoupled,"
+    " bool[3] output_mask) -> (Tensor loss, Tensor lse, Tensor positive, Tensor row_max, Tensor dout0, Tensor dout1,"
+    " Tensor dscale)",
+    reference=reference.two_view_forward,
+    fake=_two_view_fake,
 )
 
 
-def _self_cross_entropy_setup(ctx, inputs, output) -> None:
-    z, _, _, scale_tensor, *_, mask = inputs
+def _two_view_setup(ctx, inputs, output) -> None:
+    out0, out1, _, _, scale_tensor, *_, mask = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _save_emitted(ctx, (z, scale_tensor), mask, output[4:])
+    _save_emitted(ctx, (out0, out1, scale_tensor), mask, output[4:])
 
 
-def _self_cross_entropy_autograd(ctx, grad, *unused):
-    dz, dscale = _emitted(ctx, grad)
-    return dz, None, None, dscale, *(None,) * 10
+def _two_view_autograd(ctx, grad, *unused):
+    dout0, dout1, dscale = _emitted(ctx, grad)
+    return dout0, dout1, None, None, dscale, None, None, None
 
 
-differentiable(self_cross_entropy, setup_context=_self_cross_entropy_setup, backward=_self_cross_entropy_autograd)
+differentiable(two_view, setup_context=_two_view_setup, backward=_two_view_autograd)
 
 # similarity_softplus and its one-sweep sum
 

@@ -27,16 +27,17 @@ __all__ = [
     "Exclude",
     "l2_normalize",
     "sampled_logsumexp",
-    "self_similarity_cross_entropy",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",
     "similarity_logsumexp",
     "similarity_softplus",
     "similarity_softplus_sum",
+    "two_view_cross_entropy",
 ]
 
 KEPT_BYTES = 4 << 20
 SELF = Exclude(diagonal=0)
+EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 def _check(q: Tensor, k: Tensor, exclude: Exclude, **scalars: Any) -> None:
@@ -76,7 +77,7 @@ def _keep(n: int, m: int, wanted: Sequence[bool], dtype: torch.dtype) -> bool:
     return any(wanted) and n * m * dtype.itemsize <= KEPT_BYTES
 
 
-def l2_normalize(*xs: Tensor, eps: float = 1e-12) -> Tensor:
+def l2_normalize(*xs: Tensor, eps: float = EPS) -> Tensor:
     """Rows of unit length, the tensors one below the other: cat and normalize in one pass, with one backward.
 
         z_i = x_i / max(|x_i|, eps)
@@ -94,12 +95,7 @@ def l2_normalize(*xs: Tensor, eps: float = 1e-12) -> Tensor:
         >>> l2_normalize(torch.randn(8, 16), torch.randn(8, 16)).shape
         torch.Size([16, 16])
     """
-    if not xs:
-        raise ValueError("xs must hold at least one tensor, got none")
-    check.features(**{f"xs[{i}]": x for i, x in enumerate(xs)})
-    for i, x in enumerate(xs):
-        if x.dtype != xs[0].dtype:
-            raise TypeError(f"xs[{i}] must have the dtype of xs[0] ({xs[0].dtype}), got {x.dtype}")
+    _check_stack(xs)
     check.positive("eps", eps)
     return op.normalize(xs, eps)[0]
 
@@ -200,11 +196,20 @@ def self_similarity_logsumexp(
         >>> self_similarity_logsumexp(z, 2.0, Exclude(diagonal=0, period=4)).shape
         torch.Size([8])
     """
-    offset = _check_self(z, scale, exclude, return_positive)
+    if exclude.diagonal not in (None, 0) or exclude.key_groups is not None:
+        raise ValueError(
+            "exclude must be symmetric: diagonal 0 or None and key_groups None, got "
+            f"diagonal {exclude.diagonal}, key_groups {'given' if exclude.key_groups is not None else None}"
+        )
+    _check(z, z, symmetric(exclude), scale=scale)
+    if return_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
+        raise ValueError(f"return_positive needs z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")
+    offset = exclude.period if return_positive else None
     multipliers = _multipliers(scales)
     (z,) = cast_features(z, autocast=autocast)
     kept = _keep(z.shape[0], z.shape[0], _wanted(z, scale), compute_dtype(z))
-    lse, positive, top, _ = op.self_lse(z, *_split(scale), *_self_pairs(exclude), multipliers, kept, offset)
+    pairs = (exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ)
+    lse, positive, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept, offset)
     lse = lse[0] if scales is None else lse
     out = (lse,) + (positive,) * return_positive + (top,) * return_max
     return out if len(out) > 1 else lse
@@ -247,53 +252,52 @@ def similarity_cross_entropy(
     """
     _check(q, k, exclude, scale=scale)
     check.vector("positive", positive, q.shape[0], q, (torch.float32, torch.float64))
-    tensor, number = _weights(weight, q)
+    tensor, number = _weights(weight, q.shape[0], q)
     q, k = cast_features(q, k, autocast=autocast)
     mask = _wanted(q, k, positive, scale)
     loss, row, top, *_ = sum_op.cross_entropy(q, k, positive, tensor, number, *_split(scale), *exclude, decoupled, mask)
     return loss, row, top
 
 
-def self_similarity_cross_entropy(
-    z: Tensor,
+def two_view_cross_entropy(
+    out0: Tensor,
+    out1: Tensor,
     scale: Tensor | float = 1.0,
     *,
-    exclude: Exclude,
     weight: Tensor | float = 1.0,
     decoupled: bool = False,
-    autocast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sum of each row's softmax cross-entropy against the others, loss and gradients in one call.
+    """Softmax cross-entropy between two views: normalisation, loss and all gradients in one call.
 
-        lse_i, positive_i as `self_similarity_logsumexp` gives them
-        loss = sum_i weight_i softplus(lse_i - positive_i)        (decoupled: weight_i (lse_i - positive_i))
+        z = l2_normalize(out0, out1)                                     (2N, D)
+        lse_i, positive_i = self_similarity_logsumexp(z, scale, Exclude(diagonal=0, period=N), return_positive=True)
+        loss = sum_i weight_i softplus(lse_i - positive_i)               (decoupled: weight_i (lse_i - positive_i))
 
-    The same sweeps as that op and its backward, for batches so small that the calls between them are what costs.
+    The sweeps are those of the ops it stands for. It is for batches so small that the calls between them cost more.
 
     Args:
-        z: features, (2 * exclude.period, D).
-        scale, exclude: as in `self_similarity_logsumexp`, with a period.
-        weight, decoupled: as in `similarity_cross_entropy`.
+        out0, out1: the two views, (N, D), of one dtype; not cast under autocast.
+        scale: as in `similarity_logsumexp`.
+        weight: number or (2N,): constants, without gradient.
 
     Returns:
-        loss (scalar), lse, positives and row maxima (each (2 * exclude.period,)), the last three detached.
+        loss (scalar), lse, positives and row maxima (each (2N,)), the last three detached.
 
     Raises:
-        ValueError, TypeError: as in `self_similarity_logsumexp`; weight of another shape.
+        ValueError, TypeError: as in `l2_normalize`; views of two shapes; weight of another shape.
 
     Example:
-        >>> z = torch.randn(8, 16, requires_grad=True)
-        >>> loss, _, _, _ = self_similarity_cross_entropy(z, 2.0, exclude=Exclude(diagonal=0, period=4), weight=1 / 8)
+        >>> out0, out1 = torch.randn(4, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+        >>> loss, *_ = two_view_cross_entropy(out0, out1, 2.0, weight=1 / 8)
         >>> loss.backward()
     """
-    offset = _check_self(z, scale, exclude, True)
-    tensor, number = _weights(weight, z)
-    (z,) = cast_features(z, autocast=autocast)
-    mask = _wanted(z, scale)
-    kept = _keep(z.shape[0], z.shape[0], mask, compute_dtype(z))
-    return sum_op.self_cross_entropy(
-        z, tensor, number, *_split(scale), *_self_pairs(exclude), offset, kept, decoupled, mask
-    )[:4]
+    check.features(out0=out0, out1=out1)
+    check.number("scale", scale, out0)
+    if out0.shape != out1.shape or out0.dtype != out1.dtype:
+        raise ValueError(f"out1 must be {out0.dtype} {tuple(out0.shape)} as out0, got {out1.dtype} {tuple(out1.shape)}")
+    tensor, number = _weights(weight, 2 * out0.shape[0], out0)
+    mask = _wanted(out0, out1, scale)
+    return sum_op.two_view(out0, out1, tensor, number, *_split(scale), decoupled, mask)[:4]
 
 
 def similarity_softplus(
@@ -352,7 +356,7 @@ def similarity_softplus_sum(
         >>> similarity_softplus_sum(q, torch.randn(8, 16), 10.0, -10.0, weight=1 / 8).backward()
     """
     _check(q, k, exclude, scale=scale, bias=bias)
-    tensor, number = _weights(weight, q)
+    tensor, number = _weights(weight, q.shape[0], q)
     q, k = cast_features(q, k, autocast=autocast)
     mask = _wanted(q, k, scale, bias)
     return sum_op.softplus_sum(q, k, tensor, number, *_split(scale), *_split(bias), *exclude, mask)[0]
@@ -403,21 +407,13 @@ def sampled_logsumexp(
     return sum_op.sampled(q, k, indices, mask, *_split(scale))
 
 
-def _check_self(z: Tensor, scale: Any, exclude: Exclude, with_positive: bool) -> int | None:
-    """Checks a self-similarity; returns how far the positive of a row is from it, if it is wanted."""
-    if exclude.diagonal not in (None, 0) or exclude.key_groups is not None:
-        raise ValueError(
-            "exclude must be symmetric: diagonal 0 or None and key_groups None, got "
-            f"diagonal {exclude.diagonal}, key_groups {'given' if exclude.key_groups is not None else None}"
-        )
-    _check(z, z, symmetric(exclude), scale=scale)
-    if with_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
-        raise ValueError(f"positives need z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")
-    return exclude.period if with_positive else None
-
-
-def _self_pairs(exclude: Exclude) -> tuple:
-    return exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ
+def _check_stack(xs: Sequence[Tensor]) -> None:
+    if not xs:
+        raise ValueError("xs must hold at least one tensor, got none")
+    check.features(**{f"xs[{i}]": x for i, x in enumerate(xs)})
+    for i, x in enumerate(xs):
+        if x.dtype != xs[0].dtype:
+            raise TypeError(f"xs[{i}] must have the dtype of xs[0] ({xs[0].dtype}), got {x.dtype}")
 
 
 def _check_samples(name: str, x: Any, dtype: torch.dtype, q: Tensor, indices: Any) -> None:
@@ -429,9 +425,9 @@ def _check_samples(name: str, x: Any, dtype: torch.dtype, q: Tensor, indices: An
     check.same_device(name, x, "q", q)
 
 
-def _weights(weight: Tensor | float, q: Tensor) -> tuple[Tensor | None, float]:
+def _weights(weight: Tensor | float, rows: int, like: Tensor) -> tuple[Tensor | None, float]:
     if isinstance(weight, Tensor) and weight.ndim:
-        check.vector("weight", weight, q.shape[0], q, (torch.float32, torch.float64))
+        check.vector("weight", weight, rows, like, (torch.float32, torch.float64))
         return weight.detach(), 1.0
-    check.number("weight", weight, q)
-    return (weight.detach().expand(q.shape[0]), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    check.number("weight", weight, like)
+    return (weight.detach().expand(rows), 1.0) if isinstance(weight, Tensor) else (None, float(weight))

@@ -132,17 +132,21 @@ def cross_entropy_forward(q, k, positive, weight, uniform_weight, scale_tensor, 
     return loss, lse, _row_max(s), dq, dk, -slope if mask[2] else s.new_empty(0), dscale
 
 
-def self_cross_entropy_forward(z, weight, uniform_weight, scale_tensor, scale, *rest):
-    *pairs, offset, _, decoupled, mask = rest
+def two_view_forward(out0, out1, weight, uniform_weight, scale_tensor, scale, decoupled, mask):
+    n, eps = out0.shape[0], 1e-12
     weight = uniform_weight if weight is None else weight
-    lse, positive, top, none = self_lse_forward(z, scale_tensor, scale, *pairs, (1.0,), False, offset)
+    z, norm = normalize_forward([out0, out1], eps)
+    pairs = (0, n, None, None, False)
+    lse, positive, top, none = self_lse_forward(z, scale_tensor, scale, *pairs, (1.0,), False, n)
     lse = lse[0]
     margin = lse - positive
     loss = (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
     slope = weight * (torch.ones_like(margin) if decoupled else torch.sigmoid(margin))
-    wide, saved = z.to(lse.dtype), ((1.0,), offset, lse[None], none, mask)
+    wide, wanted = z.to(lse.dtype), (mask[0] or mask[1], mask[2])
+    saved = ((1.0,), n, lse[None], none, wanted)
     dz, dscale = self_lse_backward(slope[None], -slope, wide, scale_tensor, scale, *pairs, *saved)
-    return loss, lse, positive, top, dz, dscale
+    dx = normalize_backward(dz, wide, norm, eps).view(2, n, -1) if wanted[0] else (none, none)
+    return loss, lse, positive, top, *(d.clone() if m else none for d, m in zip(dx, mask)), dscale
 
 
 def softplus_forward(q, k, scale_tensor, scale, bias_tensor, bias, *pairs):

@@ -130,18 +130,18 @@ def similarity_cross_entropy(
     return (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
 
 
-def self_similarity_cross_entropy(
-    z: Tensor,
+def two_view_cross_entropy(
+    out0: Tensor,
+    out1: Tensor,
     scale: Tensor | float = 1.0,
     *,
-    exclude: Exclude,
     weight: Tensor | float = 1.0,
     decoupled: bool = False,
 ) -> Tensor:
-    """similarity_cross_entropy of z with itself; the positive of row i is the row exclude.period further."""
-    assert exclude.period is not None
-    lse = self_similarity_logsumexp(z, scale, exclude=exclude)
-    margin = lse - positives(z, z, scale, exclude.period)
+    """sum_i weight_i softplus(lse_i - positive_i) over the 2N unit rows; a row's positive is the other view's."""
+    z, n = l2_normalize([out0, out1]), out0.shape[0]
+    lse = self_similarity_logsumexp(z, scale, exclude=Exclude(diagonal=0, period=n))
+    margin = lse - positives(z, z, scale, n)
     return (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
 
 
