@@ -201,6 +201,7 @@ def self_similarity_logsumexp(
             "exclude must be symmetric: diagonal 0 or None and key_groups None, got "
             f"diagonal {exclude.diagonal}, key_groups {'given' if exclude.key_groups is not None else None}"
         )
+    check.features(z=z)
     _check(z, z, symmetric(exclude), scale=scale)
     if return_positive and (exclude.period is None or z.shape[0] != 2 * exclude.period):
         raise ValueError(f"return_positive needs z of 2 * exclude.period rows, got {z.shape[0]} and {exclude.period}")

@@ -171,9 +171,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (qg, k, positive, None, 0.2, *number, *no_rules, True, [True, False, False, False]),
             (q, k, positive, None, 0.2, *number, *no_rules, True, [False] * 4),
         ],
-        "self_similarity_cross_entropy": [
-            ([zg[:4], zg[4:]], 1e-12, torch.rand(6), 1.0, *learnt, *own, 3, True, False, [True, True]),
-            ([z.bfloat16()], 1e-12, None, 0.2, *number, *no_own, 3, False, True, [False, False]),
+        "two_view_cross_entropy": [
+            (zg, z, torch.rand(12), 1.0, *learnt, False, [True, False, True]),
+            (z.bfloat16(), z.bfloat16(), None, 0.2, *number, True, [False] * 3),
         ],
         "emitted_gradients": [(torch.tensor(2.0), [q, k], [q.bfloat16(), k])],
         "similarity_softplus": [(qg, kg, *learnt, *biased, *rules), (q, k, *number, None, -1.0, *no_rules)],
