@@ -87,6 +87,7 @@ void bind(py::module_ m) {
   def("scale_rows", [](A dst, A src, A factor) {
     tiles<T>().scale_rows(data(dst), ld(dst), data(src), ld(src), data(factor), src.shape(0), src.shape(1));
   });
+  def("divide", [](A x, T divisor) { tiles<T>().divide(data(x), divisor, x.size()); });
   def("dot", [](A a, A b) { return tiles<T>().dot(data(a), data(b), a.size()); });
   def("axpy", [](A y, T a, A x) { tiles<T>().axpy(data(y), a, data(x), x.size()); });
   def("exp", [](A x, A out) { tiles<T>().exp(data(x), data(out), x.size()); });

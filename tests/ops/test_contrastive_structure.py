@@ -150,7 +150,7 @@ print(torch.ops.sslkernels.cpu_level())
 # what the tile functions with a loop of arithmetic compute in
 REGISTERS = {"v3": "ymm", "v4": "zmm"}
 LOOPS = ["maxima", "sum_exp", "sum_exp_rows", "sum_exp_cols", "exp_rows", "merge", "factors", "weights", "weights_wide"]
-LOOPS += ["softplus", "softplus_weights", "add", "scale_rows", "dot", "axpy", "load", "exp_all"]
+LOOPS += ["rebase", "softplus", "softplus_weights", "add", "scale_rows", "divide", "dot", "axpy", "load", "exp_all"]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_loops_are_vectorised(assembly: dict[str, str], loop: str, dtype: str, l
     """Without -fopenmp-simd, or with -ftrapping-math, they are scalar, several times slower, and nothing else shows."""
     names = [name for name in assembly if re.search(rf"{level}::.*\b{loop}<{dtype}>\(", name)]
     assert names, f"no {level}::{loop}<{dtype}> in the library"
-    packed = rf"\b(vf\w+|vmul|vmax|vadd)p{dtype[0]}\b.*%{REGISTERS[level]}".replace("pf", "ps")
+    packed = rf"\b(vf\w+|vmul|vmax|vadd|vdiv)p{dtype[0]}\b.*%{REGISTERS[level]}".replace("pf", "ps")
     assert any(re.search(packed, assembly[name]) for name in names), f"{level}::{loop}<{dtype}> is scalar"
 
 
