@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslkernels.losses import InfoNCELoss, MemoryQueue
 from sslkernels.methods._method import Method
 from sslkernels.nn import ProjectionHead, feature_dim
-from sslkernels.ops.ema import ema_update_
+from sslkernels.ops import ema_update_
 
 
 class MoCo(Method):

@@ -12,9 +12,11 @@ from sslkernels.ops.contrastive import (
     similarity_softplus_sum,
     two_view_cross_entropy,
 )
+from sslkernels.ops.ema import ema_update_
 
 __all__ = [
     "Exclude",
+    "ema_update_",
     "l2_normalize",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
