@@ -29,6 +29,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "info_nce hard": lambda a, b, **o: losses.info_nce(a, b, beta=1.0, tau_plus=0.1, **o),
     "info_nce shared": lambda a, b, **o: losses.info_nce(a, b, EXTRA, **o),
     "info_nce shared hard": lambda a, b, **o: losses.info_nce(a, b, EXTRA, beta=1.0, **o),
+    "info_nce both": lambda a, b, **o: losses.info_nce(a, b, EXTRA, in_batch=True, **o),
     "info_nce own": lambda a, b, **o: losses.info_nce(a, b, EXTRA.expand(N, 9, D), **o),
     "clip": lambda a, b, **o: losses.clip_loss(a, b, 2.0, **o),
     "clip smoothed": lambda a, b, **o: losses.clip_loss(a, b, 2.0, label_smoothing=0.1, **o),
@@ -128,7 +129,8 @@ def logits_of(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         s = formula.unit(a) @ formula.unit(b).T / 0.1
         negatives = s.masked_fill(formula.eye(N), -math.inf)
         if name != "info_nce":
-            negatives = formula.unit(a) @ formula.unit(EXTRA).T / 0.1
+            given = formula.unit(a) @ formula.unit(EXTRA).T / 0.1
+            negatives = torch.cat([negatives, given], dim=1) if name == "info_nce both" else given
         return s.diagonal()[:, None], negatives
     if name == "supcon labelled":
         z = formula.unit(a + b)
@@ -138,7 +140,7 @@ def logits_of(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return s.diagonal()[:, None], s.masked_fill(formula.eye(N), -math.inf)
 
 
-MEASURED = ["nt_xent", "info_nce", "info_nce shared", "info_nce shared hard", "info_nce own"]
+MEASURED = ["nt_xent", "info_nce", "info_nce shared", "info_nce shared hard", "info_nce both", "info_nce own"]
 MEASURED += ["clip", "siglip", "dcl", "supcon labelled"]
 
 
