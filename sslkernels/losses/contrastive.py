@@ -20,7 +20,8 @@ from sslkernels import _checks as check
 from sslkernels.losses import _common as common
 from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather
 from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
-from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent, supcon
+from sslkernels.losses._supcon import supcon
+from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent
 from sslkernels.losses.queue import MemoryQueue
 
 __all__ = [
