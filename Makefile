@@ -42,7 +42,7 @@ compat: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	$(COMPAT)/venv/bin/python -m pip install --quiet torch==2.11.0 -r requirements-demo.txt -r requirements-test.txt $(COMPAT)/*.whl
 	cd $(COMPAT) && venv/bin/python -m sslkernels info
 	cd $(COMPAT) && venv/bin/python -c "from sslkernels import _library as l, info; assert not l.PROBLEMS, l.PROBLEMS; assert info.serves('ema_update_', 'cuda') == 'compiled'"
-	cd $(COMPAT) && venv/bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider ../../tests/ops $(ARGS)
+	cd $(COMPAT) && venv/bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider ../../tests/ops ../../tests/losses $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info sslkernels/lib .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(VENV)/.built
