@@ -13,7 +13,7 @@ import torch
 
 import sslkernels
 from sslkernels import _library
-from sslkernels.ops._registry import OPS
+from sslkernels.ops._registry import EVERYWHERE, OPS
 
 LEVELS = ("baseline", "v3", "v4")  # x86-64 levels: SSE2, AVX2 with FMA, AVX-512
 
@@ -38,7 +38,7 @@ def serves(name: str, device: str) -> str:
         return "compiled"
     if _library.has_kernel(name, device):
         return "torch" if device == "cpu" else "triton"
-    return "reference"
+    return "torch" if name in EVERYWHERE else "reference"
 
 
 def text(facts: dict[str, Any]) -> str:
