@@ -6,13 +6,12 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkernels.losses import InfoNCELoss, MemoryQueue
 from sslkernels.methods._method import Method
 from sslkernels.nn import ProjectionHead, feature_dim
-from sslkernels.ops import ema_update_
+from sslkernels.ops import ema_update_, l2_normalize
 
 
 class MoCo(Method):
@@ -53,7 +52,7 @@ class MoCo(Method):
         self.head = ProjectionHead(feature_dim(backbone), dim, num_layers=2 if mlp else 1)
         self.key_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
         self.queue = MemoryQueue(queue_size, dim)
-        self.criterion = InfoNCELoss(temperature)
+        self.criterion = InfoNCELoss(temperature, normalize=False)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -65,9 +64,10 @@ class MoCo(Method):
         query_view, key_view = batch
         if self.training:
             self.update_key_encoder()
-        query = self.head(self.backbone(query_view))
+        # the queue's rows are unit rows already: a loss that normalised them again would copy all of them
+        query = l2_normalize(self.head(self.backbone(query_view)))
         with torch.no_grad():
-            key = F.normalize(self.key_encoder(key_view), dim=1)
+            key = l2_normalize(self.key_encoder(key_view))
         loss, stats = self.criterion(query, key, negative_keys=self.queue.keys, return_stats=True)
         if self.training:
             self.queue(key)
