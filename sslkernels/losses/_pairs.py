@@ -87,7 +87,7 @@ def info_nce(
     if not count and (beta or tau_plus):
         raise ValueError(f"query must have at least two samples for beta or tau_plus, got shape {tuple(query.shape)}")
 
-    shared = not rest or (rest[0].ndim == 2 and not in_batch)
+    shared = len(rest) == 0 or (rest[0].ndim == 2 and not in_batch)
     if shared and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
         weight = common.row_weight(positive, reduction, sample_weight)
         keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
-from sslkernels._autocast import cast_features
+from sslkernels._autocast import autocasts, cast_features
 from sslkernels.losses import _common as common
 from sslkernels.ops.contrastive import (
     KEPT_BYTES,
@@ -36,7 +36,7 @@ def _one_call(
     op keeps one more copy of it.
     """
     n = views[0].shape[0]
-    if not common.one_sweep(reduction, weight) or torch.is_autocast_enabled(views[0].device.type):
+    if not common.one_sweep(reduction, weight) or autocasts(views[0]):
         return None
     if (2 * n) ** 2 * 4 > KEPT_BYTES:
         return None
