@@ -63,6 +63,20 @@ def test_panels_and_threads(name: str, shape: tuple[int, int, int], threads: int
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("m", [1, 17, 40])
+@pytest.mark.parametrize("name", OPS)
+def test_more_threads_than_blocks_of_keys(name: str, m: int) -> None:
+    """A thread owns a multiple of 16 keys: with few wide keys some of four threads have nothing to do."""
+    n, d = 40, 16_000
+    op, tensors, options = problem(name, n, m, d)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cases.check(op, tensors, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("differ", [False, True], ids=["equal", "differ"])
 @pytest.mark.parametrize("name", [name for name in OPS if name != "sampled_logsumexp"])
 def test_tiles_without_a_pair(name: str, differ: bool, threads: int) -> None:
