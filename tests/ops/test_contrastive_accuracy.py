@@ -133,10 +133,13 @@ def test_extreme_logits(name: str, kind: str, dtype: torch.dtype) -> None:
     tensors = {key: x for key, x in tensors.items() if key in op.tensors}
     options = options_for(name, n, n if cases.is_self(op) else m)
     cotangents = cases.cotangents_of(op, tensors, positive=True, **options)
-    result = cases.evaluate(op.ours, tensors, cotangents, **options)
-    for x in (*result.outputs, *result.gradients.values()):
-        assert x.isfinite().all()
-    cases.assert_stable(result, cases.truth(op, tensors, cotangents, **options), dtype, tensors)
+    exact = cases.truth(op, tensors, cotangents, **options)
+    # frozen keys have a sweep of their own, whose reference rises as larger logits come
+    for wanted in (list(tensors), [name for name in tensors if name != "k"]):
+        result = cases.evaluate(op.ours, tensors, cotangents, wanted, **options)
+        for x in (*result.outputs, *result.gradients.values()):
+            assert x.isfinite().all()
+        cases.assert_stable(result, exact, dtype, tensors)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
