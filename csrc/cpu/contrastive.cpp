@@ -33,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(
   return with_type(q, k, [&](auto zero) {
     using T = decltype(zero);
     const T scale = value<T>(scale_tensor, scale_number);
-    LseResult out = lse_forward<T>(q, k, scale, exclusion, scales, columns, keep_scores, false);
+    LseResult out = lse_forward<T>(q, k, scale, exclusion, scales, columns,
+                                   keep_scores ? Scores::kReturned : Scores::kDropped, false);
     return std::make_tuple(out.row, out.col, positives<T>(q, k, scale, offset), out.top, out.scores);
   });
 }
@@ -67,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_similarity_logsumexp(const Tenso
   return with_type(z, z, [&](auto zero) {
     using T = decltype(zero);
     const T scale = value<T>(scale_tensor, scale_number);
-    LseResult out = lse_forward<T>(z, z, scale, exclusion, scales, false, keep_scores, true);
+    LseResult out =
+        lse_forward<T>(z, z, scale, exclusion, scales, false, keep_scores ? Scores::kReturned : Scores::kDropped, true);
     return std::make_tuple(out.row, positives<T>(z, z, scale, offset), out.top, out.scores);
   });
 }

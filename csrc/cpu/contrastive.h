@@ -6,13 +6,15 @@
 
 namespace sslkernels {
 
-// Log-sum-exps over rows (and columns), a row of `row` and `col` for each multiplier in `betas`.
+// Log-sum-exps over rows (and columns), a row of `row` and `col` for each multiplier in `betas`. Scores are kept for a
+// backward inside the op, or returned for one outside it.
 struct LseResult {
   Tensor row, col, top, scores;
 };
+enum class Scores { kDropped, kKept, kReturned };
 template <typename T>
 LseResult lse_forward(const Tensor& q, const Tensor& k, T scale, const Exclusion& exclusion,
-                      const std::vector<double>& betas, bool columns, bool keep_scores, bool self);
+                      const std::vector<double>& betas, bool columns, Scores scores, bool self);
 
 // What a backward knows of one side: a log-sum-exp and the weight of its gradient, (multipliers, rows); may be absent.
 template <typename T>
@@ -167,7 +169,8 @@ void finish_gradients(const Sweep<T>& s, T scale, bool want_q, bool want_k, bool
 template <typename T, typename F>
 OneSweepResult one_sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale, const Exclusion& exclusion,
                          bool want_q, bool want_k, bool want_scale, const F& slope) {
-  Sweep<T> s(q_tensor, k_tensor, scale, exclusion, false);
+  constexpr i64 kCachedBytes = i64(3) << 20;
+  Sweep<T> s(q_tensor, k_tensor, scale, exclusion, false, kCachedBytes);
   OneSweepResult out{empty({s.n}, kScalar<T>), empty({s.n}, kScalar<T>),
                      gradient_tensors(s, want_q, want_k, want_scale)};
   T *lse = data<T>(out.lse), *top = data<T>(out.top);
@@ -234,7 +237,7 @@ OneSweepResult one_sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale
 template <typename T>
 bool fits_one_sweep(i64 n, i64 m) {
   constexpr i64 kPanelBytes = i64(64) << 20;
-  return std::min<i64>(n, 256) * m * i64(sizeof(T)) <= kPanelBytes;
+  return std::min<i64>(n, 64) * m * i64(sizeof(T)) <= kPanelBytes;
 }
 
 }  // namespace sslkernels

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_cr
     Tensor lse, top;
     Gradients g{empty({0}, kScalar<T>), empty({0}, kScalar<T>), 0};
     const auto sweep_rows = [&] {
-      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, false, false);
+      LseResult out = lse_forward<T>(q, k, scale, exclusion, {1.0}, false, Scores::kDropped, false);
       lse = torch::stable::reshape(out.row, {n}), top = out.top;
     };
     if (!want_q && !want_k && !want_scale) {
@@ -110,14 +110,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_view_cros
     const Exclusion exclusion(0, n, std::nullopt, std::nullopt, std::nullopt, false, true);
     const UnitRows unit = normalize_rows<T>({out0, out1}, kEps);
     const Tensor& z = unit.z;
-    LseResult out = lse_forward<T>(z, z, scale, exclusion, {1.0}, false, keep, true);
+    LseResult out = lse_forward<T>(z, z, scale, exclusion, {1.0}, false, keep ? Scores::kKept : Scores::kDropped, true);
     const Tensor lse = torch::stable::reshape(out.row, {2 * n});
     const Tensor positive = positive_scores<T>(z, z, scale, n);
     const RowLosses<T> losses(positive, weight, uniform_weight, decoupled);
     Tensor dx[2] = {empty({0}, kScalar<T>), empty({0}, kScalar<T>)};
     double dscale = 0;
     if (want_x || want_scale) {
-      const Tensor up = losses.slopes(lse, T(1)), down = losses.slopes(lse, T(-1));
+      const Tensor up = losses.slopes(lse, T(1)), down = empty({2 * n}, kScalar<T>);
+      for (i64 i = 0; i < 2 * n; ++i) data<T>(down)[i] = -data<T>(up)[i];
       const Side<T> side{data<T>(lse), data<T>(up)};
       const Gradients g = lse_backward<T>(z, z, scale, exclusion, {1.0}, side, side,
                                           keep ? data<T>(out.scores) : nullptr, true, want_x, false, want_scale);

@@ -16,8 +16,9 @@ T multiplier(double beta) {
 
 template <typename T>
 LseResult lse_forward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, const Exclusion& exclusion,
-                      const std::vector<double>& betas, bool columns, bool keep_scores, bool self) {
+                      const std::vector<double>& betas, bool columns, Scores scores, bool self) {
   Sweep<T> s(q_tensor, k_tensor, scale, exclusion, self);
+  const bool keep_scores = scores != Scores::kDropped;
   const i64 channels = static_cast<i64>(betas.size()), r = s.panel_rows, c = s.tile_cols;
   LseResult out{empty({channels, s.n}, kScalar<T>),
                 columns ? empty({channels, s.m}, kScalar<T>) : empty({0}, kScalar<T>), empty({s.n}, kScalar<T>),
@@ -104,8 +105,9 @@ LseResult lse_forward(const Tensor& q_tensor, const Tensor& k_tensor, T scale, c
       const T* tops = mine + 2 * channels * r;
       for (i64 i = 0; i < rows.size(); ++i) top[rows.begin + i] = std::max(top[rows.begin + i], tops[i]);
     }
-    // below the diagonal block nothing is computed or read; what is returned is defined all the same
-    for (i64 i = rows.begin; self && keep_scores && i < rows.end; ++i) std::fill_n(kept + i * s.m, rows.begin, T(0));
+    // below the diagonal block nothing is computed or read; what leaves the op is defined all the same
+    const bool leaves = self && scores == Scores::kReturned;
+    for (i64 i = rows.begin; leaves && i < rows.end; ++i) std::fill_n(kept + i * s.m, rows.begin, T(0));
   }
   for (i64 i = 0; i < channels * s.n; ++i) row_max[i] = log_sum(row_max[i], row_sum[i]);
   for (i64 j = 0; columns && !self && j < channels * s.m; ++j) col_max[j] = log_sum(col_max[j], col_sum[j]);
@@ -254,7 +256,7 @@ AttentionResult attention(const Tensor& q_tensor, const Tensor& k_tensor, T scal
 
 #define INSTANTIATE(T)                                                                                              \
   template LseResult lse_forward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&,  \
-                                    bool, bool, bool);                                                              \
+                                    bool, Scores, bool);                                                            \
   template Gradients lse_backward<T>(const Tensor&, const Tensor&, T, const Exclusion&, const std::vector<double>&, \
                                      Side<T>, Side<T>, const T*, bool, bool, bool, bool);                           \
   template AttentionResult attention<T>(const Tensor&, const Tensor&, T, const Exclusion&);

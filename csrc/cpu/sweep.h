@@ -12,17 +12,16 @@ namespace sslkernels {
 template <typename T>
 class Sweep {
  public:
-  Sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale, const Exclusion& exclusion, bool self)
+  Sweep(const Tensor& q_tensor, const Tensor& k_tensor, T scale, const Exclusion& exclusion, bool self,
+        i64 panel_bytes = std::numeric_limits<i64>::max())
       : q(q_tensor),
         k(k_tensor),
         n(q.rows),
         m(k.rows),
         d(q.cols),
         self(self),
-        panel_rows(n >= 1024  ? 256
-                   : n >= 256 ? 128
-                              : 64),
-        tile_cols(exclusion.sparse() ? 128 : 512),
+        panel_rows(rows_of_a_panel(n, m, exclusion.sparse(), self, panel_bytes)),
+        tile_cols(exclusion.sparse() ? panel_rows : 512),
         threads(useful_threads(2.0 * std::min(panel_rows, n) * m * d)),
         tile(tiles<T>()),
         exclusion(exclusion),
@@ -87,6 +86,15 @@ class Sweep {
   const Exclusion& exclusion;
 
  private:
+  // By the shape alone, as a backward must find the panels of its forward. Small panels skip more: the part below the
+  // diagonal of a small self-similarity, and the pairs of different groups. `bytes` bounds a panel that is kept whole.
+  static i64 rows_of_a_panel(i64 n, i64 m, bool sparse, bool self, i64 bytes) {
+    if (sparse)
+      return 64;
+    const i64 rows = n >= (self ? 1024 : 256) ? 256 : n >= 256 ? 128 : 64;
+    return std::clamp<i64>(bytes / std::max<i64>(1, m * i64(sizeof(T))) / 16 * 16, 64, rows);
+  }
+
   // First column of thread t's strip
   i64 boundary(Range rows, i64 t) const {
     if (!self)

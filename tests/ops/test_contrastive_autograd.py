@@ -288,3 +288,20 @@ def test_autocast_leaves_float64_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         row, _ = ops.similarity_logsumexp(q, q)
     torch.testing.assert_close(row, torch.logsumexp(q @ q.T, 1))
+
+
+def test_emitted_gradients_add_up_over_backwards() -> None:
+    """An upstream gradient of one is handed on without a copy: nothing may accumulate into what the node has saved."""
+    torch.manual_seed(0)
+    q = torch.randn(5, 3, requires_grad=True)
+    k = torch.randn(7, 3, requires_grad=True)
+    loss = ops.similarity_cross_entropy(q, k, torch.randn(5), 2.0)[0]
+    once = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    first = [g.clone() for g in once]
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for x, g in zip((q, k), first):
+            torch.testing.assert_close(x.grad, times * g)
+    (3 * loss).backward()
+    for x, g in zip((q, k), first):
+        torch.testing.assert_close(x.grad, 6 * g)
