@@ -29,7 +29,8 @@ from sslkernels.reference.contrastive import (
 
 
 def _scale(tensor: Tensor | None, number: float) -> Tensor | float:
-    return number if tensor is None else tensor
+    # without a dimension it widens nothing
+    return number if tensor is None else tensor.reshape(())
 
 
 def _row_max(s: Tensor) -> Tensor:
@@ -121,10 +122,10 @@ def attention_forward(q, k, scale_tensor, scale, *pairs):
 def cross_entropy_forward(q, k, positive, weight, uniform_weight, scale_tensor, scale, *rest):
     *pairs, decoupled, mask = rest
     scale = _scale(scale_tensor, scale)
-    weight = uniform_weight if weight is None else weight
     s = scores(q, k, scale, Exclude(*pairs))
+    weight = uniform_weight if weight is None else weight.to(s.dtype)
     lse = logsumexp(s, 1)
-    margin = lse - positive
+    margin = lse - positive.to(s.dtype)
     loss = (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
     slope = weight * (torch.ones_like(margin) if decoupled else torch.sigmoid(margin))
     w = _weights(s, lse[None], slope[None], (1.0,), 1)
@@ -134,11 +135,11 @@ def cross_entropy_forward(q, k, positive, weight, uniform_weight, scale_tensor, 
 
 def two_view_forward(out0, out1, weight, uniform_weight, scale_tensor, scale, decoupled, mask):
     n, eps = out0.shape[0], 1e-12
-    weight = uniform_weight if weight is None else weight
     z, norm = normalize_forward([out0, out1], eps)
     pairs = (0, n, None, None, False)
     lse, positive, top, none = self_lse_forward(z, scale_tensor, scale, *pairs, (1.0,), False, n)
     lse = lse[0]
+    weight = uniform_weight if weight is None else weight.to(lse.dtype)
     margin = lse - positive
     loss = (weight * (margin if decoupled else F.softplus(margin, threshold=80.0))).sum()
     slope = weight * (torch.ones_like(margin) if decoupled else torch.sigmoid(margin))

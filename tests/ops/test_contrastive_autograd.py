@@ -110,10 +110,11 @@ def exclude_arguments() -> tuple[Any, ...]:
 
 
 def samples() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of each op: with gradients and without, a tensor and a number for scale, every rule and none."""
+    """Arguments of each op: with gradients and without, scale tensor and number, every rule and none, 16 bits too."""
     q, k, z = torch.randn(5, 3), torch.randn(7, 3), torch.randn(6, 3)
+    narrow, narrow_z = q.bfloat16(), z.half()
     qg, kg, zg = (x.clone().requires_grad_() for x in (q, k, z))
-    scale, bias, positive = torch.tensor(0.7), torch.tensor(-1.0), torch.randn(5)
+    scale, bias, positive = torch.tensor([0.7], dtype=F64), torch.tensor([-1.0], dtype=F64), torch.randn(5)
     number, tensor, learnt = (None, 0.7), (scale, 1.0), (scale.clone().requires_grad_(), 1.0)
     biased = (bias.clone().requires_grad_(), 0.0)
     rules, no_rules = exclude_arguments(), (None,) * 5 + (False,)
@@ -136,59 +137,69 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "similarity_logsumexp_backward": [
             (row, col, positive, q, k, *tensor, *rules, two, 0, kept[0], kept[1], kept[4], [True] * 3),
-            (
-                row[:1],
-                None,
-                None,
-                q,
-                k,
-                *number,
-                *no_rules,
-                one,
-                None,
-                alone[0],
-                alone[1],
-                alone[4],
-                [True, False, False],
-            ),
+            (row[:1], None, None, narrow, k, *number, *no_rules, one, None, *alone[:2], alone[4], [True, False, False]),
             (None, None, positive, q, k, *number, *no_rules, one, 0, alone[0], alone[1], alone[4], [False, True, True]),
         ],
         "self_similarity_logsumexp": [
             (zg, *learnt, *own, two, True, 3),
-            (zg, *number, *no_own, one, False, None),
+            (narrow_z, *number, *no_own, one, False, None),
         ],
         "self_similarity_logsumexp_backward": [
             (torch.randn(2, 6), torch.randn(6), z, *tensor, *own, two, 3, self_kept[0], self_kept[3], [True, True]),
-            (torch.randn(1, 6), None, z, *number, *no_own, one, None, self_alone[0], self_alone[3], [False, True]),
+            (
+                torch.randn(1, 6),
+                None,
+                narrow_z,
+                *number,
+                *no_own,
+                one,
+                None,
+                self_alone[0],
+                self_alone[3],
+                [True, False],
+            ),
         ],
         "similarity_row_attention": [(qg, k, *learnt, *rules), (qg, k.double(), *number, *no_rules)],
         "similarity_row_attention_backward": [
             (positive, q, context, *tensor, [True, True]),
-            (positive, q, context, *number, [True, False]),
+            (positive, narrow, context, *number, [True, False]),
         ],
         "similarity_cross_entropy": [
             (qg, kg, positive.clone().requires_grad_(), torch.rand(5), 1.0, *learnt, *rules, False, [True] * 4),
-            (qg, k, positive, None, 0.2, *number, *no_rules, True, [True, False, False, False]),
-            (q, k, positive, None, 0.2, *number, *no_rules, True, [False] * 4),
+            (narrow.clone().requires_grad_(), k, positive, None, 0.2, *number, *no_rules, True, [True] + [False] * 3),
+            (
+                q,
+                k,
+                positive.double(),
+                torch.rand(5).double(),
+                1.0,
+                *number,
+                *no_rules,
+                False,
+                [False, True, True, False],
+            ),
         ],
         "two_view_cross_entropy": [
-            (zg, z, torch.rand(12), 1.0, *learnt, False, [True, False, True]),
+            (zg, z, torch.rand(12).double(), 1.0, *learnt, False, [True, False, True]),
             (z.bfloat16(), z.bfloat16(), None, 0.2, *number, True, [False] * 3),
         ],
         "emitted_gradients": [(torch.tensor(2.0), [q, k], [q.bfloat16(), k])],
-        "similarity_softplus": [(qg, kg, *learnt, *biased, *rules), (q, k, *number, None, -1.0, *no_rules)],
+        "similarity_softplus": [
+            (qg, kg, *learnt, *biased, *rules),
+            (narrow, k.bfloat16(), *number, None, -1.0, *no_rules),
+        ],
         "similarity_softplus_backward": [
             (positive, q, k, *tensor, bias, 0.0, *rules, [True] * 4),
-            (positive, q, k, *number, None, -1.0, *no_rules, [False, True, False, False]),
+            (positive, q, k.half(), *number, None, -1.0, *no_rules, [False, True, False, False]),
         ],
         "similarity_softplus_sum": [
             (qg, kg, torch.rand(5), 1.0, *learnt, *biased, *rules, [True] * 4),
-            (q, kg, None, 0.2, *number, None, -1.0, *no_rules, [False, True, False, False]),
+            (narrow, kg, None, 0.2, *number, None, -1.0, *no_rules, [False, True, False, False]),
         ],
-        "sampled_logsumexp": [(qg, kg, indices, counts, *learnt), (qg, k, indices, None, *number)],
+        "sampled_logsumexp": [(qg, kg, indices, counts, *learnt), (narrow, k.half(), indices, None, *number)],
         "sampled_logsumexp_backward": [
             (positive, q, k, indices, counts, *tensor, sampled, [True] * 3),
-            (positive, q, k, indices, None, *number, sampled, [False, False, True]),
+            (positive, narrow, k, indices, None, *number, sampled, [True, False, True]),
         ],
         "l2_normalize": [([qg, kg], 1e-12), ([q.bfloat16()], 1e-12)],
         "l2_normalize_backward": [(torch.randn(12, 3), x, norm, 1e-12)],
