@@ -9,11 +9,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define SSLKERNELS_HOST_DEVICE __host__ __device__
-#else
-#define SSLKERNELS_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace sslkernels {
 

@@ -48,6 +48,23 @@ class Buffer {
   T* data_;
 };
 
+inline Dtype kind(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::Byte:
+      return Dtype::kByte;
+    default:
+      STD_TORCH_CHECK(false, "tensors must be float32, float64, bfloat16, float16 or, for images, uint8");
+  }
+}
+
 // Rows of a feature tensor, whatever its dtype and strides.
 template <typename T>
 class Operand {
@@ -59,7 +76,7 @@ class Operand {
         row_stride_(x.stride(0)),
         col_stride_(x.stride(1)),
         bytes_(static_cast<i64>(x.element_size())),
-        dtype_(kind(x.scalar_type())),
+        dtype_(kind(x)),
         direct_(x.scalar_type() == kScalar<T> && (col_stride_ == 1 || cols == 1) && row_stride_ >= cols) {}
 
   // Rows [first, first + count): where they lie if BLAS can read them there, else converted into `scratch`.
@@ -76,21 +93,6 @@ class Operand {
   }
 
  private:
-  static Dtype kind(ScalarType dtype) {
-    switch (dtype) {
-      case ScalarType::Float:
-        return Dtype::kFloat;
-      case ScalarType::Double:
-        return Dtype::kDouble;
-      case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-      case ScalarType::Half:
-        return Dtype::kHalf;
-      default:
-        STD_TORCH_CHECK(false, "features must be float32, float64, bfloat16 or float16");
-    }
-  }
-
   const char* data_;
 
  public:

@@ -3,15 +3,9 @@
 // An excluded pair is a score of -inf; whatever reads a tile gives it weight zero.
 #pragma once
 
-#include <cstdint>
+#include "cpu/levels.h"
 
 namespace sslkernels {
-
-using i64 = int64_t;
-
-enum class Level : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
-
-enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 
 template <typename T>
 struct Tiles {
@@ -58,14 +52,11 @@ struct Tiles {
   void (*axpy)(T* y, T a, const T* x, i64 n);
   // dst = factor * src, from any dtype and strides (in elements) to dense rows
   void (*load)(const void* src, Dtype dtype, i64 row_stride, i64 col_stride, T* dst, i64 rows, i64 cols, T factor);
+  // dst = src, dense rows rounded to any floating dtype, rows row_stride elements apart
+  void (*store)(const T* src, void* dst, Dtype dtype, i64 row_stride, i64 rows, i64 cols);
   // exp of n numbers, for tests: out = exp(x), zero below the flush limit
   void (*exp)(const T* x, T* out, i64 n);
 };
-
-// The widest level that this processor runs and no cap forbids. SSLKERNELS_CPU_LEVEL (baseline, v3, v4) is the first
-// cap.
-Level level();
-void set_level(Level cap);
 
 template <typename T>
 const Tiles<T>& tiles();

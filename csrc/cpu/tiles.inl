@@ -1,56 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of tiles.h. Included once for each instruction set, inside a namespace of its own; no include of its own.
-
-#define LEAF static __attribute__((noinline))
-#define INLINE static inline __attribute__((always_inline))
-
-template <typename To, typename From>
-INLINE To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To y;
-  __builtin_memcpy(&y, &x, sizeof(y));
-  return y;
-}
-
-// exp(x), zero below about exp(-70) (double: exp(-690)): far under the rounding of any sum it enters, and it keeps
-// denormals, on which multiplications stall, out of the matrix products. ln 2 comes in two parts, so that the reduced
-// argument keeps its last bits. Relative error below 2e-7 (double: 4e-16).
-INLINE float exp_(float x) {
-  const float y = x * 1.44269504f;
-  const float t = y + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(y)
-  const float n = t - 12582912.0f;
-  const float r = (x - n * 6.93359375e-01f) + n * 2.12194440e-04f;
-  float p = 1.383683574e-3f;
-  p = p * r + 8.374824031e-3f;
-  p = p * r + 4.166822619e-2f;
-  p = p * r + 1.666642007e-1f;
-  p = p * r + 4.999999208e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float e = p * bits<float>((bits<uint32_t>(t) - 0x4B400000u + 127u) << 23);
-  return y < -101.0f ? 0.0f : e;
-}
-
-INLINE double exp_(double x) {
-  const double y = x * 1.4426950408889634;
-  const double t = y + 6755399441055744.0;  // 1.5 * 2^52
-  const double n = t - 6755399441055744.0;
-  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  double p = 2.499430327381439512e-8;
-  p = p * r + 2.763230817489448582e-7;
-  p = p * r + 2.755762262047198039e-6;
-  p = p * r + 2.480148648643140087e-5;
-  p = p * r + 1.984126943247048834e-4;
-  p = p * r + 1.388888895126104161e-3;
-  p = p * r + 8.333333333559433932e-3;
-  p = p * r + 4.166666666649262968e-2;
-  p = p * r + 1.66666666666661682e-1;
-  p = p * r + 5.000000000000017703e-1;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  const double e = p * bits<double>((bits<uint64_t>(t) - 0x4338000000000000ull + 1023u) << 52);
-  return y < -1000.0 ? 0.0 : e;
-}
+// The bodies of tiles.h. Included once for each instruction set by multiversion.inl, after leaf.inl.
 
 // log(1 + e) for e in [0, 1], relatively exact for small e: 2 atanh(u) with u = e / (2 + e), a polynomial in u^2
 INLINE float log1p_(float u) {
@@ -345,26 +294,6 @@ LEAF void axpy(T* y, T a, const T* x, i64 n) {
   for (i64 j = 0; j < n; ++j) y[j] += a * x[j];
 }
 
-INLINE float widen(float x) { return x; }
-INLINE double widen(double x) { return x; }
-
-struct BFloat16 {
-  uint16_t x;
-};
-struct Half {
-  uint16_t x;
-};
-
-INLINE float widen(BFloat16 h) { return bits<float>(uint32_t(h.x) << 16); }
-
-// Integer form of half to float: it vectorises without F16C. The product rescales the exponent, denormals included.
-INLINE float widen(Half h) {
-  const uint32_t magnitude = uint32_t(h.x & 0x7fff) << 13;
-  const float value = bits<float>(magnitude) * bits<float>(uint32_t(254 - 15) << 23);
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bits<float>(bits<uint32_t>(value) | special | (uint32_t(h.x & 0x8000) << 16));
-}
-
 template <typename S, typename T>
 INLINE void load_as(const void* data, i64 row_stride, i64 col_stride, T* dst, i64 rows, i64 cols, T factor) {
   const S* src = static_cast<const S*>(data);
@@ -391,6 +320,34 @@ LEAF void load(const void* src, Dtype dtype, i64 row_stride, i64 col_stride, T* 
       return load_as<BFloat16>(src, row_stride, col_stride, dst, rows, cols, factor);
     case Dtype::kHalf:
       return load_as<Half>(src, row_stride, col_stride, dst, rows, cols, factor);
+    case Dtype::kByte:
+      return load_as<uint8_t>(src, row_stride, col_stride, dst, rows, cols, factor);
+  }
+}
+
+template <typename S, typename T>
+INLINE void store_as(const T* src, void* data, i64 row_stride, i64 rows, i64 cols) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = src + i * cols;
+    S* out = static_cast<S*>(data) + i * row_stride;
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) narrow(row[j], out + j);
+  }
+}
+
+template <typename T>
+LEAF void store(const T* src, void* dst, Dtype dtype, i64 row_stride, i64 rows, i64 cols) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return store_as<float>(src, dst, row_stride, rows, cols);
+    case Dtype::kDouble:
+      return store_as<double>(src, dst, row_stride, rows, cols);
+    case Dtype::kBFloat16:
+      return store_as<BFloat16>(src, dst, row_stride, rows, cols);
+    case Dtype::kHalf:
+      return store_as<Half>(src, dst, row_stride, rows, cols);
+    case Dtype::kByte:
+      return;  // features are never rounded to bytes
   }
 }
 
@@ -422,8 +379,6 @@ constexpr Tiles<T> table() {
           dot<T>,
           axpy<T>,
           load<T>,
+          store<T>,
           exp_all<T>};
 }
-
-#undef LEAF
-#undef INLINE

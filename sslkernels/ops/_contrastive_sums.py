@@ -7,10 +7,6 @@ A one-sweep op knows its row weights in the forward and emits all gradients ther
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from sslkernels import _checks as check
 from sslkernels.ops._contrastive import (
     _BIAS,
     _PAIRS,
@@ -20,45 +16,10 @@ from sslkernels.ops._contrastive import (
     _empty,
     _fake_gradients,
 )
+from sslkernels.ops._emitted import emitted_gradients, save_emitted
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _contrastive as reference
 from sslkernels.reference.contrastive import compute_dtype
-
-# emitted_gradients: upstream scalar times what the forward emitted, in the dtype of the inputs
-
-
-def _scale_emitted(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    return [(grad * e).to(x.dtype).reshape(x.shape) for e, x in zip(emitted, inputs)]
-
-
-emitted_gradients = define(
-    "emitted_gradients(Tensor grad, Tensor[] emitted, Tensor[] inputs) -> Tensor[]",
-    reference=_scale_emitted,
-    fake=lambda grad, emitted, inputs: [torch.empty_like(x) for x in inputs],
-    everywhere=True,
-)
-once_differentiable(emitted_gradients)
-
-
-def _save_emitted(ctx, inputs, wanted, emitted) -> None:
-    """Only what needs a gradient is saved: frozen keys may be overwritten before backward."""
-    ctx.wanted = wanted
-    ctx.save_for_backward(*(x for x, w in zip(inputs, wanted) if w), *(e for e, w in zip(emitted, wanted) if w))
-
-
-def _emitted(ctx, grad) -> list[Tensor | None]:
-    count = sum(ctx.wanted)
-    if grad is None or not count:
-        return [None] * len(ctx.wanted)
-    saved = list(ctx.saved_tensors)
-    inputs, emitted = saved[:count], saved[count:]
-    # loss.backward() asks for the gradients as they are: on the CPU that can be seen, and saves a copy of them
-    as_they_are = not torch.is_grad_enabled() and grad.device.type == "cpu" and check.readable(grad) and grad == 1
-    if not (as_they_are and all(e.dtype == x.dtype and e.shape == x.shape for e, x in zip(emitted, inputs))):
-        emitted = emitted_gradients(grad, emitted, inputs)
-    scaled = iter(emitted)
-    return [next(scaled) if w else None for w in ctx.wanted]
-
 
 # similarity_cross_entropy
 
@@ -82,11 +43,11 @@ cross_entropy = define(
 def _cross_entropy_setup(ctx, inputs, output) -> None:
     q, k, positive, _, _, scale_tensor, *_, mask = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _save_emitted(ctx, (q, k, positive, scale_tensor), mask, output[3:])
+    save_emitted(ctx, (q, k, positive, scale_tensor), mask, output[3:])
 
 
 def _cross_entropy_autograd(ctx, grad, *unused):
-    dq, dk, dpositive, dscale = _emitted(ctx, grad)
+    dq, dk, dpositive, dscale = emitted_gradients(ctx, grad)
     return dq, dk, dpositive, None, None, dscale, *(None,) * 9
 
 
@@ -113,11 +74,11 @@ two_view = define(
 def _two_view_setup(ctx, inputs, output) -> None:
     out0, out1, _, _, scale_tensor, *_, mask = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _save_emitted(ctx, (out0, out1, scale_tensor), mask, output[4:])
+    save_emitted(ctx, (out0, out1, scale_tensor), mask, output[4:])
 
 
 def _two_view_autograd(ctx, grad, *unused):
-    dout0, dout1, dscale = _emitted(ctx, grad)
+    dout0, dout1, dscale = emitted_gradients(ctx, grad)
     return dout0, dout1, None, None, dscale, None, None, None
 
 
@@ -185,11 +146,11 @@ softplus_sum = define(
 def _softplus_sum_setup(ctx, inputs, output) -> None:
     q, k, _, _, scale_tensor, _, bias_tensor, *_, mask = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _save_emitted(ctx, (q, k, scale_tensor, bias_tensor), mask, output[1:])
+    save_emitted(ctx, (q, k, scale_tensor, bias_tensor), mask, output[1:])
 
 
 def _softplus_sum_autograd(ctx, grad, *unused):
-    dq, dk, dscale, dbias = _emitted(ctx, grad)
+    dq, dk, dscale, dbias = emitted_gradients(ctx, grad)
     return dq, dk, None, None, dscale, None, dbias, *(None,) * 8
 
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "common/philox.h"
 #include "cpu/tiles.h"
 
 namespace py = pybind11;
@@ -38,6 +39,14 @@ T* data(std::optional<Array<T>>& x) {
 template <typename T>
 i64 ld(const Array<T>& x) {
   return x.strides(0) / static_cast<i64>(sizeof(T));
+}
+
+Dtype kind(const std::string& dtype) {
+  return dtype == "float32"    ? Dtype::kFloat
+         : dtype == "float64"  ? Dtype::kDouble
+         : dtype == "bfloat16" ? Dtype::kBFloat16
+         : dtype == "float16"  ? Dtype::kHalf
+                               : Dtype::kByte;
 }
 
 template <typename T>
@@ -93,12 +102,12 @@ void bind(py::module_ m) {
   def("exp", [](A x, A out) { tiles<T>().exp(data(x), data(out), x.size()); });
   // 16-bit numbers come as their bits, bfloat16 told by name: NumPy has no such type
   def("load", [](py::array src, const std::string& dtype, A dst, T factor) {
-    const Dtype kind = dtype == "float32"    ? Dtype::kFloat
-                       : dtype == "float64"  ? Dtype::kDouble
-                       : dtype == "bfloat16" ? Dtype::kBFloat16
-                                             : Dtype::kHalf;
-    tiles<T>().load(src.data(), kind, src.strides(0) / src.itemsize(), src.strides(1) / src.itemsize(), data(dst),
-                    src.shape(0), src.shape(1), factor);
+    tiles<T>().load(src.data(), kind(dtype), src.strides(0) / src.itemsize(), src.strides(1) / src.itemsize(),
+                    data(dst), src.shape(0), src.shape(1), factor);
+  });
+  def("store", [](A src, const std::string& dtype, py::array dst) {
+    tiles<T>().store(data(src), dst.mutable_data(), kind(dtype), dst.strides(0) / dst.itemsize(), src.shape(0),
+                     src.shape(1));
   });
 }
 
@@ -107,6 +116,10 @@ void bind(py::module_ m) {
 PYBIND11_MODULE(sslkernels_tiles, m) {
   bind<float>(m.def_submodule("float32"));
   bind<double>(m.def_submodule("float64"));
+  m.def("philox", [](uint64_t seed, uint64_t stream, uint64_t block) {
+    const sslkernels::Philox random = sslkernels::philox(seed, stream, block);
+    return std::vector<uint32_t>(random.words, random.words + 4);
+  });
   m.def("level", [] { return static_cast<int>(sslkernels::level()); });
   m.def("set_level", [](int cap) { sslkernels::set_level(static_cast<Level>(cap)); });
 }

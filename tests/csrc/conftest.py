@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles bindings.cpp with csrc/cpu/tiles.cpp, by the flags of setup.py, into a module that no wheel holds."""
+"""Compiles bindings.cpp with the tile functions, by the flags of setup.py, into a module that no wheel holds."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def module() -> ModuleType:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     pybind11 = pytest.importorskip("pybind11")
-    sources = [Path(__file__).with_name("bindings.cpp"), ROOT / "csrc/cpu/tiles.cpp"]
-    headers = [ROOT / "csrc/cpu/tiles.h", ROOT / "csrc/cpu/tiles.inl"]
+    cpu = ROOT / "csrc/cpu"
+    sources = [Path(__file__).with_name("bindings.cpp"), cpu / "tiles.cpp", cpu / "levels.cpp"]
+    headers = [cpu / "tiles.h", cpu / "levels.h", ROOT / "csrc/common/philox.h", *sorted(cpu.glob("*.inl"))]
     includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     command = [*compiler.split(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags_of_setup(), *includes]
     key = hashlib.sha256("\0".join(command).encode() + b"".join(path.read_bytes() for path in [*sources, *headers]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -394,3 +395,37 @@ def test_load_every_16_bit_number(tile: Any, dtype: str, source: str, stride: in
 
 def dtype_of(name: str) -> Any:
     return np.dtype(name).type
+
+
+ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("target", ROUNDED)
+def test_store_rounds_to_nearest_even(tile: Any, dtype: str, target: str) -> None:
+    """Every 16-bit number, the midpoint above it and its neighbours, infinities and NaN: as torch rounds."""
+    every = torch.from_numpy(PATTERNS.view(np.int16)).view(ROUNDED[target]).float()
+    every = every[every.isfinite()].sort().values
+    middle = (every[1:].double() + every[:-1].double()) / 2
+    extremes = torch.tensor([np.inf, -np.inf, np.nan, 1e-45, 3.4e38, -3.4e38, 65504.0, 65519.99, 65520.0])
+    values = torch.cat([x.float() for x in (every, middle, middle * (1 + 1e-6), middle * (1 - 1e-6), extremes)])
+    src = values.numpy().astype(dtype)[None]
+    dst = np.zeros(src.shape, np.uint16)
+    tile.store(src, target, dst)
+    got = torch.from_numpy(dst.view(np.int16)).view(ROUNDED[target])[0]
+    torch.testing.assert_close(got, values.to(ROUNDED[target]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", ["float32", "float64"])
+def test_store_into_strided_rows(tile: Any, dtype: str, target: str) -> None:
+    src = random(5, 17, dtype=dtype)
+    dst = np.full((5, 20), 7, target)
+    tile.store(src, target, dst)
+    np.testing.assert_array_equal(dst[:, :17], src.astype(target))
+    assert (dst[:, 17:] == 7).all()
+
+
+def test_load_bytes(tile: Any, dtype: str) -> None:
+    src = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    dst = new(4, 64, dtype=dtype)
+    tile.load(src, "uint8", dst, 0.5)
+    np.testing.assert_array_equal(dst, src * dtype_of(dtype)(0.5))

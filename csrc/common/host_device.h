@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// Marks what the host and, under nvcc, the device may call.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SSLKERNELS_HOST_DEVICE __host__ __device__
+#else
+#define SSLKERNELS_HOST_DEVICE
+#endif

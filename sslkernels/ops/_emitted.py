@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that the forward emits, since it knows the weights already: the backward is a multiplication."""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslkernels import _checks as check
+from sslkernels.ops._registry import define, once_differentiable
+
+
+def _reference(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return [(grad * e).to(x.dtype).reshape(x.shape) for e, x in zip(emitted, inputs)]
+
+
+# upstream scalar times what the forward emitted, in the dtype of the inputs
+scale_emitted = define(
+    "emitted_gradients(Tensor grad, Tensor[] emitted, Tensor[] inputs) -> Tensor[]",
+    reference=_reference,
+    fake=lambda grad, emitted, inputs: [torch.empty_like(x) for x in inputs],
+    everywhere=True,
+)
+once_differentiable(scale_emitted)
+
+
+def save_emitted(ctx, inputs, wanted, emitted) -> None:
+    """Only what needs a gradient is saved: frozen keys may be overwritten before backward."""
+    ctx.wanted = wanted
+    ctx.save_for_backward(*(x for x, w in zip(inputs, wanted) if w), *(e for e, w in zip(emitted, wanted) if w))
+
+
+def emitted_gradients(ctx, grad) -> list[Tensor | None]:
+    """The gradient of each input that `save_emitted` was given, None where it was not wanted."""
+    count = sum(ctx.wanted)
+    if grad is None or not count:
+        return [None] * len(ctx.wanted)
+    saved = list(ctx.saved_tensors)
+    inputs, emitted = saved[:count], saved[count:]
+    # loss.backward() asks for the gradients as they are: on the CPU that can be seen, and saves a copy of them
+    as_they_are = not torch.is_grad_enabled() and grad.device.type == "cpu" and check.readable(grad) and grad == 1
+    if not (as_they_are and all(e.dtype == x.dtype and e.shape == x.shape for e, x in zip(emitted, inputs))):
+        emitted = scale_emitted(grad, emitted, inputs)
+    scaled = iter(emitted)
+    return [next(scaled) if w else None for w in ctx.wanted]
