@@ -37,6 +37,7 @@ __all__ = [
 
 KEPT_BYTES = 4 << 20
 SELF = Exclude(diagonal=0)
+_FAR = 1 << 62  # farther than any key, and a row's number added to it is still an int64
 EPS = 1e-12  # torch.nn.functional.normalize's
 
 
@@ -46,6 +47,9 @@ def _check(q: Tensor, k: Tensor, exclude: Exclude, **scalars: Any) -> None:
         check.number(name, x, q)
     if exclude.period is not None and (exclude.diagonal is None or exclude.period < 1):
         raise ValueError(f"exclude.period must be positive and come with exclude.diagonal, got {exclude.period}")
+    for name, x in (("diagonal", exclude.diagonal), ("period", exclude.period)):
+        if x is not None and not -_FAR < x < _FAR:
+            raise ValueError(f"exclude.{name} must be between -2^62 and 2^62, got {x}")
     if (exclude.query_groups is None) != (exclude.key_groups is None):
         raise ValueError("exclude.query_groups and exclude.key_groups must come together, got only one of them")
     if exclude.query_groups is not None:

@@ -160,6 +160,16 @@ MASK = torch.ones(M, dtype=torch.bool)
 EXCLUSIONS = {
     "period alone": (Exclude(period=3), ValueError, "exclude.period must be positive and come with exclude.diagonal"),
     "period of zero": (Exclude(0, 0), ValueError, "exclude.period must be positive.*got 0"),
+    "diagonal that overflows": (
+        Exclude(2**63 - 1),
+        ValueError,
+        r"exclude.diagonal must be between .*got 9223372036854",
+    ),
+    "period that overflows": (
+        Exclude(0, 2**62),
+        ValueError,
+        r"exclude.period must be between .*got 4611686018427387904",
+    ),
     "negative period": (Exclude(0, -2), ValueError, "exclude.period must be positive.*got -2"),
     "queries' groups alone": (Exclude(query_groups=LABELS[0]), ValueError, "query_groups and exclude.key_groups must"),
     "keys' groups alone": (Exclude(key_groups=LABELS[1]), ValueError, "query_groups and exclude.key_groups must"),
