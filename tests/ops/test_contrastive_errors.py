@@ -163,12 +163,12 @@ EXCLUSIONS = {
     "diagonal that overflows": (
         Exclude(2**63 - 1),
         ValueError,
-        r"exclude.diagonal must be between .*got 9223372036854",
+        r"exclude.diagonal must be .* got 9223372036854",
     ),
     "period that overflows": (
         Exclude(0, 2**62),
         ValueError,
-        r"exclude.period must be between .*got 4611686018427387904",
+        r"exclude.period must be between .*got 46116860",
     ),
     "negative period": (Exclude(0, -2), ValueError, "exclude.period must be positive.*got -2"),
     "queries' groups alone": (Exclude(query_groups=LABELS[0]), ValueError, "query_groups and exclude.key_groups must"),
