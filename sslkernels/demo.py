@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def new_method(images: Tensor, *, seed: int) -> SimCLR:
-    """SimCLR whose head has GELU in place of ReLU: smooth all through, so that rounding is not amplified (nn.py)."""
+    """SimCLR whose head has GELU in place of ReLU: smooth all through, so that rounding is not amplified (nn)."""
     torch.manual_seed(seed)
     backbone = ResidualCNN(in_chans=images.shape[1])
     method = SimCLR(backbone, dim=DIM, temperature=TEMPERATURE)

@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from sslkernels.nn import ProjectionHead, ResidualCNN, VisionTransformer, feature_dim
+from sslkernels.nn import (
+    MaskedDecoder,
+    Predictor,
+    ProjectionHead,
+    ResidualCNN,
+    VisionTransformer,
+    feature_dim,
+    sincos_positions,
+)
 
 BACKBONES = {
     "cnn": lambda in_chans: ResidualCNN(in_chans=in_chans, channels=(8, 16), blocks=2),
@@ -96,3 +104,127 @@ def test_feature_dim_knows_the_usual_names():
     assert feature_dim(timm_like) == 7
     with pytest.raises(ValueError, match="Identity"):
         feature_dim(nn.Identity())
+
+
+def vit(patch_size=(2, 4, 4), **options) -> VisionTransformer:
+    torch.manual_seed(0)
+    options = {"in_chans": 3, "embed_dim": 24, "depth": 2, "num_heads": 3, **options}
+    return VisionTransformer(patch_size=patch_size, **options).double()
+
+
+CLIP, IMAGE = (2, 3, 4, 8, 12), (2, 3, 8, 12)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("patch_size", "shape"), [((4, 4), IMAGE), ((2, 4, 4), CLIP)], ids=["image", "clip"])
+def test_vit_embeds_what_the_convolution_embeds(patch_size, shape, class_token):
+    """Without blocks: conv + positions, the row-major grid, and only the patches asked for."""
+    network = vit(patch_size, depth=0, class_token=class_token)
+    x = torch.rand(shape, dtype=torch.float64)
+    tokens = network.patch_embed(x).flatten(2).transpose(1, 2)
+    tokens = network.norm(tokens + sincos_positions(network.grid(x), 24))
+    prefix = int(class_token)
+    torch.testing.assert_close(network.forward_features(x)[:, prefix:], tokens)
+    ids = torch.tensor([[0, 5], [4, 1]])
+    some = network.forward_features(x, ids)
+    assert some.shape == (2, prefix + 2, 24)
+    torch.testing.assert_close(some[:, prefix:], torch.stack([tokens[0, ids[0]], tokens[1, ids[1]]]))
+    torch.testing.assert_close(network(x), tokens.mean(dim=1) if not class_token else network.forward_features(x)[:, 0])
+
+
+def test_vit_attends_only_the_patches_asked_for():
+    network, ids = vit((4, 4)), torch.tensor([[0, 5], [4, 1]])
+    x = torch.rand(IMAGE, dtype=torch.float64)
+    before = network.forward_features(x, ids)
+    x[0, :, :4, 4:8] += 1  # patch 1, which only the second image is asked for
+    torch.testing.assert_close(network.forward_features(x, ids), before)
+    x[1, :, :4, 4:8] += 1
+    assert not torch.allclose(network.forward_features(x, ids)[1], before[1])
+
+
+def test_vit_takes_several_masks_of_one_image():
+    network, ids = vit((4, 4)), torch.tensor([[[0, 5], [1, 2], [3, 4]], [[5, 4], [0, 1], [1, 3]]])
+    x = torch.rand(IMAGE, dtype=torch.float64)
+    expected = torch.stack([network.forward_features(x, ids[:, m]) for m in range(3)], dim=1).flatten(0, 1)
+    torch.testing.assert_close(network.forward_features(x, ids), expected)
+
+
+def test_vit_returns_what_the_last_blocks_add():
+    network = vit((4, 4), depth=3)
+    inputs, outputs = [], []
+    for block in network.blocks:
+        block.norm2.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+        block.mlp.register_forward_hook(lambda module, args, output: outputs.append(output))
+    x = torch.rand(IMAGE, dtype=torch.float64)
+    tokens, layers = network.forward_features(x, return_layers=2)
+    assert [layer is output for layer, output in zip(layers, outputs[1:], strict=True)] == [True, True]
+    torch.testing.assert_close(tokens, network.norm(inputs[-1] + layers[-1]))
+    torch.testing.assert_close(tokens, network.forward_features(x))
+    with pytest.raises(ValueError, match="return_layers must be between 0 and the 3 blocks, got 4"):
+        network.forward_features(x, return_layers=4)
+
+
+def test_vit_scales_bytes():
+    network = vit((4, 4)).float()
+    x = torch.randint(256, IMAGE, dtype=torch.uint8)
+    torch.testing.assert_close(network(x), network(x.float() / 255))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 8, 8), (1, 3, 4, 8, 6), IMAGE])
+def test_vit_of_clips_refuses_by_the_patch(shape):
+    with pytest.raises(ValueError, match=r"clip frames, height and width must be multiples of \(2, 4, 4\), got \("):
+        vit()(torch.rand(shape))
+
+
+@pytest.mark.parametrize("patch_size", [(4,), (0, 4), (1, 2, 3, 4)])
+def test_vit_refuses_other_patches(patch_size):
+    with pytest.raises(ValueError, match="patch_size"):
+        VisionTransformer(patch_size=patch_size)
+
+
+def test_positions_are_the_originals():
+    """MAE's util/pos_embed.py with its two halves (its first is of the column), and V-JEPA's three sixths."""
+    table = sincos_positions((3, 5), 16, device="cpu")
+    assert table.shape == (15, 16)
+    omega = 10_000.0 ** -(torch.arange(4) / 4)
+    for row, (y, x) in zip(table, [(y, x) for y in range(3) for x in range(5)], strict=True):
+        torch.testing.assert_close(row, torch.cat([f(c * omega) for c in (y, x) for f in (torch.sin, torch.cos)]))
+    assert sincos_positions((2, 3, 4), 16).shape == (24, 16)  # six columns an axis, two of the last cut off
+    assert len(sincos_positions((2, 3, 4), 24).unique(dim=0)) == 24
+
+
+def test_masked_decoder_decodes_what_is_asked_for():
+    torch.manual_seed(0)
+    decoder = MaskedDecoder(12, 5, embed_dim=16, depth=0, num_prefix_tokens=1).double()
+    tokens, visible = torch.rand(2, 3, 12, dtype=torch.float64), torch.tensor([[1, 4], [0, 5]])
+    everything = decoder(tokens, visible, (2, 3))
+    assert everything.shape == (2, 6, 5)
+    x = decoder.mask_token.expand(2, 6, 16).clone()
+    x[0, [1, 4]], x[1, [0, 5]] = decoder.embed(tokens)[0, 1:], decoder.embed(tokens)[1, 1:]
+    torch.testing.assert_close(everything, decoder.head(decoder.norm(x + sincos_positions((2, 3), 16))))
+    wanted = torch.tensor([[0, 2, 3, 5], [1, 2, 3, 4]])
+    some = decoder(tokens, visible, (2, 3), wanted)
+    torch.testing.assert_close(some, torch.stack([everything[0, wanted[0]], everything[1, wanted[1]]]))
+
+
+def test_masked_decoder_lets_the_prefix_take_part():
+    decoder = MaskedDecoder(12, 5, embed_dim=16, depth=1, num_prefix_tokens=1)
+    tokens, visible = torch.rand(1, 3, 12), torch.tensor([[1, 4]])
+    other = torch.cat([tokens[:, :1] + 1, tokens[:, 1:]], dim=1)
+    assert not torch.allclose(decoder(tokens, visible, (2, 3)), decoder(other, visible, (2, 3)), atol=1e-5)
+
+
+def test_predictor_predicts_every_block_on_its_own():
+    torch.manual_seed(0)
+    predictor = Predictor(12, out_dim=7, embed_dim=16, depth=2, num_mask_tokens=2).double()
+    context, context_ids = torch.rand(2, 3, 12, dtype=torch.float64), torch.tensor([[1, 4, 5], [0, 2, 5]])
+    targets = torch.tensor([[[0, 2], [2, 3]], [[1, 3], [3, 4]]])
+    both = predictor(context, context_ids, targets, (2, 3))
+    assert both.shape == (2, 2, 2, 7)
+    alone = [predictor(context, context_ids, targets[:, m], (2, 3)) for m in range(2)]
+    torch.testing.assert_close(both, torch.stack(alone, dim=1))
+    assert not torch.allclose(both, predictor(context, context_ids, targets, (2, 3), mask=1), atol=1e-5)
+    # written out for the second image's first block
+    positions = sincos_positions((2, 3), 16).double()
+    x = torch.cat([predictor.embed(context[1]) + positions[[0, 2, 5]], predictor.mask_tokens[0] + positions[[1, 3]]])
+    torch.testing.assert_close(both[1, 0], predictor.project(predictor.norm(predictor.blocks(x[None])[0, 3:])))

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small backbones and the projection head, for tests, demos and small data; any other `nn.Module` does as well."""
+"""A small residual network, the projection head, and the width of anybody's features."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["ProjectionHead", "ResidualCNN", "VisionTransformer", "feature_dim"]
 
 
 def feature_dim(module: nn.Module) -> int:
@@ -77,90 +73,6 @@ class ResidualCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.bn(self.stem(x)))
         return self.blocks(x).mean(dim=(2, 3))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP, tokens (B, L, dim) -> (B, L, dim)."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        hidden = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, length, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(b, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, length, dim)
-        x = x + self.proj(attended)
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """A small ViT: images (B, in_chans, H, W) -> the class token after the last norm (B, dim).
-
-    H and W may be any multiples of `patch_size` and differ from call to call: positions are the fixed 2D sine-cosine
-    ones (MoCo v3, MAE), made for the grid at hand, so that no learned table ties the weights to one size.
-    `forward_features` returns all tokens (B, 1 + H W / patch_size^2, dim), the class token first. Parameter names are
-    timm's where the part is the same.
-
-    Example:
-        >>> VisionTransformer(in_chans=1, patch_size=2)(torch.rand(2, 1, 8, 8)).shape
-        torch.Size([2, 128])
-    """
-
-    def __init__(
-        self,
-        *,
-        in_chans: int = 3,
-        patch_size: int = 4,
-        embed_dim: int = 128,
-        depth: int = 4,
-        num_heads: int = 4,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        super().__init__()
-        if embed_dim % 4 or embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be a multiple of 4 and of num_heads, got embed_dim={embed_dim}, num_heads={num_heads}"
-            )
-        self.dim = embed_dim
-        self.patch_size = patch_size
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = nn.Sequential(*(TransformerBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth)))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise ValueError(f"image height and width must be multiples of {self.patch_size}, got {tuple(x.shape)}")
-        x = self.patch_embed(x)
-        positions = _sincos_positions(x.shape[-2], x.shape[-1], self.dim, x.device).to(x.dtype)
-        tokens = x.flatten(2).transpose(1, 2) + positions  # (B, L, dim)
-        tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.norm(self.blocks(tokens))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_features(x)[:, 0]
-
-
-def _sincos_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Fixed positions (height * width, dim): a quarter each of sin y, cos y, sin x, cos x, wavelengths up to 10,000."""
-    frequency = torch.exp(-math.log(10_000.0) * torch.arange(dim // 4, device=device) / (dim // 4))
-    y = torch.arange(height, device=device)[:, None, None] * frequency  # (H, 1, dim / 4)
-    x = torch.arange(width, device=device)[None, :, None] * frequency  # (1, W, dim / 4)
-    y, x = y.expand(height, width, -1), x.expand(height, width, -1)
-    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).reshape(height * width, dim)
 
 
 class ProjectionHead(nn.Sequential):

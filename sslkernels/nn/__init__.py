@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small backbones, decoders and heads, for tests, demos and small data; any other `nn.Module` does as well."""
+
+from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
+from sslkernels.nn.decoders import MaskedDecoder, Predictor
+from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
+
+__all__ = [
+    "MaskedDecoder",
+    "Predictor",
+    "ProjectionHead",
+    "ResidualCNN",
+    "TransformerBlock",
+    "VisionTransformer",
+    "feature_dim",
+    "sincos_positions",
+]
