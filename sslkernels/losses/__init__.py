@@ -19,21 +19,33 @@ from sslkernels.losses.contrastive import (
     supcon,
 )
 from sslkernels.losses.queue import MemoryQueue
+from sslkernels.losses.regression import (
+    BYOLLoss,
+    MaskedRegressionLoss,
+    NegativeCosineSimilarity,
+    byol_loss,
+    negative_cosine_similarity,
+)
 
 __all__ = [
+    "BYOLLoss",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
     "InfoNCELoss",
+    "MaskedRegressionLoss",
     "MemoryQueue",
     "NTXentLoss",
+    "NegativeCosineSimilarity",
     "SigLipLoss",
     "SupConLoss",
+    "byol_loss",
     "clamp_logit_scale_",
     "clip_loss",
     "dcl",
     "info_nce",
     "mises_fisher_weights",
+    "negative_cosine_similarity",
     "nt_xent",
     "siglip_loss",
     "supcon",

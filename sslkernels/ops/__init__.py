@@ -13,11 +13,14 @@ from sslkernels.ops.contrastive import (
     two_view_cross_entropy,
 )
 from sslkernels.ops.ema import ema_update_
+from sslkernels.ops.regression import average_layers, masked_regression
 
 __all__ = [
     "Exclude",
+    "average_layers",
     "ema_update_",
     "l2_normalize",
+    "masked_regression",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",

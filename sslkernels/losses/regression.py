@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that regress a target: negative cosine similarity (SimSiam), BYOL's, and those of masked latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels.ops.regression import LOSSES, masked_regression
+
+__all__ = [
+    "BYOLLoss",
+    "MaskedRegressionLoss",
+    "NegativeCosineSimilarity",
+    "byol_loss",
+    "negative_cosine_similarity",
+]
+
+
+def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """BYOL's regression of unit vectors; the target is a constant.
+
+        loss = mean_n |u_n - v_n|^2 = mean_n (2 - 2 <u_n, v_n>)       u = x rsqrt(max(sum x^2, 1e-12)), v likewise
+
+    BYOL's loss is the sum over the two views, byol_loss(p1, z2) + byol_loss(p2, z1), and equals 4 + 4 times SimSiam's.
+
+    Args:
+        prediction, target: (N, D), or (..., D).
+
+    Raises:
+        ValueError, TypeError: other shapes, dtypes or devices; no row.
+
+    Source: Grill et al. 2020, `byol_experiment.py::loss_fn`.
+    """
+    _refuse_empty("prediction", prediction)
+    return masked_regression(prediction, target, loss="normalized_l2")
+
+
+def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """-mean cos(x0, x1) over dimension `dim`, with the gradient of either that requires one.
+
+        loss = -mean_n <x0_n, x1_n> / (max(|x0_n|, eps) max(|x1_n|, eps))
+
+    SimSiam's loss is the mean over the two views, 0.5 (f(p1, z2.detach()) + f(p2, z1.detach())).
+
+    Args:
+        x0, x1: tensors of one shape, (N, D) where dim is 1.
+
+    Raises:
+        ValueError, TypeError: other shapes, dtypes or devices; no row.
+
+    Source: Chen and He 2020, `simsiam/builder.py`; lightly `NegativeCosineSimilarity`.
+    """
+    for name, x in (("x0", x0), ("x1", x1)):
+        _refuse_empty(name, x)
+    if x0.shape != x1.shape:
+        raise ValueError(f"x1 must have the shape of x0 {tuple(x0.shape)}, got {tuple(x1.shape)}")
+    if not -x0.ndim <= dim < x0.ndim:
+        raise ValueError(f"dim must be in [{-x0.ndim}, {x0.ndim}), got {dim}")
+    x0, x1 = x0.movedim(dim, -1), x1.movedim(dim, -1)
+    loss = masked_regression(x0, x1, loss="cosine", eps=eps) - 1
+    if not x1.requires_grad:
+        return loss
+    mirrored = masked_regression(x1, x0, loss="cosine", eps=eps)
+    return loss + (mirrored - mirrored.detach())
+
+
+def _refuse_empty(name: str, x: Any) -> None:
+    check.tensor(name, x)
+    if x.numel() == 0:
+        raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
+
+
+class BYOLLoss(nn.Module):
+    """`byol_loss` as a module, called with (prediction, target)."""
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return byol_loss(prediction, target)
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """`negative_cosine_similarity` as a module, called with (x0, x1) as lightly's."""
+
+    def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
+        super().__init__()
+        check.positive("eps", eps)
+        self.dim, self.eps = dim, eps
+
+    def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
+        return negative_cosine_similarity(x0, x1, self.dim, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, eps={self.eps}"
+
+
+class MaskedRegressionLoss(nn.Module):
+    """`sslkernels.ops.masked_regression` as a module, which holds the options and refuses an empty batch.
+
+    I-JEPA          MaskedRegressionLoss("smooth_l1", normalize_target=True)
+    V-JEPA          MaskedRegressionLoss("l1", normalize_target=True)
+    data2vec 2.0    MaskedRegressionLoss("l2", scale=D**0.5)          sum over D / sqrt(D), mean over masked tokens
+    """
+
+    def __init__(
+        self,
+        loss: str = "smooth_l1",
+        *,
+        beta: float = 1.0,
+        normalize_target: bool = False,
+        eps: float | None = None,
+        scale: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check.choice("loss", loss, LOSSES)
+        check.choice("reduction", reduction, ("mean", "sum", "none"))
+        options = {"loss": loss, "beta": beta, "normalize_target": normalize_target, "eps": eps, "scale": scale}
+        self.options: dict[str, Any] = {**options, "reduction": reduction}
+
+    def forward(self, pred: Tensor, target: Tensor, ids: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        _refuse_empty("pred", pred)
+        return masked_regression(pred, target, ids, mask=mask, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={x!r}" for name, x in self.options.items())
