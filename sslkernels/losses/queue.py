@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslkernels import _checks as check
+from sslkernels.ops import enqueue_
 
 
 class MemoryQueue(nn.Module):
@@ -59,16 +59,9 @@ class MemoryQueue(nn.Module):
         self.register_buffer("keys", keys.to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def forward(self, keys: Tensor) -> None:
         """Enqueue keys (N, dim) in place, the oldest ones give way."""
-        check.features(queue=self.keys, keys=keys)
-        size, count = self.keys.shape[0], keys.shape[0]
-        last = keys[-size:]  # of a batch larger than the queue only its end survives
-        first = self.pointer + (count - last.shape[0])
-        slots = (first + torch.arange(last.shape[0], device=keys.device)) % size
-        self.keys.index_copy_(0, slots, last.to(self.keys.dtype))
-        self.pointer.add_(count).remainder_(size)
+        enqueue_(self.keys, self.pointer, keys)
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}, dtype={self.keys.dtype}"

@@ -12,13 +12,14 @@ from sslkernels.ops.contrastive import (
     similarity_softplus_sum,
     two_view_cross_entropy,
 )
-from sslkernels.ops.ema import ema_update_
+from sslkernels.ops.ema import ema_update_, enqueue_
 from sslkernels.ops.regression import average_layers, masked_regression
 
 __all__ = [
     "Exclude",
     "average_layers",
     "ema_update_",
+    "enqueue_",
     "l2_normalize",
     "masked_regression",
     "sampled_logsumexp",

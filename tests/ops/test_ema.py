@@ -274,8 +274,8 @@ def test_compiles_without_graph_break(as_tensor: bool) -> None:
 
 @pytest.mark.parametrize("momentum", [(None, 0.5), (torch.tensor(0.5), math.nan)], ids=["number", "tensor"])
 def test_opcheck(momentum: tuple[Tensor | None, float]) -> None:
-    torch.library.opcheck(_ema_update_, (*lists(torch.float32, torch.float32), *momentum))
-    torch.library.opcheck(_ema_update_, (*lists(torch.bfloat16, torch.float32), *momentum))
+    torch.library.opcheck(_ema_update_, (*lists(torch.float32, torch.float32), *momentum, None))
+    torch.library.opcheck(_ema_update_, (*lists(torch.bfloat16, torch.float32), *momentum, torch.tensor(3)))
 
 
 def test_fake_and_meta_tensors() -> None:
