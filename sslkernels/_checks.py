@@ -126,3 +126,17 @@ def choice(name: str, x: Any, choices: Sequence[str]) -> None:
 def not_empty(name: str, x: Tensor) -> None:
     if x.shape[0] == 0:
         raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
+
+
+def ids(name: str, x: Tensor, length: int, distinct: bool = False) -> None:
+    """The values of int64 (..., K), where they may be read, are in [0, length); `distinct`: no row has one twice."""
+    if not readable(x) or x.numel() == 0:
+        return
+    low, high = (int(v) for v in x.aminmax())
+    if low < 0 or high >= length:
+        raise ValueError(f"{name} must be in [0, {length}), got {low if low < 0 else high}")
+    if distinct:
+        ordered = x.sort(-1).values
+        again = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+        if again.numel():
+            raise ValueError(f"{name} must not repeat within a sample, got {int(again[0])} more than once")

@@ -13,15 +13,29 @@ from sslkernels.ops.contrastive import (
     two_view_cross_entropy,
 )
 from sslkernels.ops.ema import ema_update_, enqueue_
+from sslkernels.ops.patches import (
+    embed_patches,
+    gather_patches,
+    gather_tokens,
+    masked_patch_loss,
+    permute_patches,
+    restore_tokens,
+)
 from sslkernels.ops.regression import average_layers, masked_regression
 
 __all__ = [
     "Exclude",
     "average_layers",
     "ema_update_",
+    "embed_patches",
     "enqueue_",
+    "gather_patches",
+    "gather_tokens",
     "l2_normalize",
+    "masked_patch_loss",
     "masked_regression",
+    "permute_patches",
+    "restore_tokens",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
     "similarity_cross_entropy",
