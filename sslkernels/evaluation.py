@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["extract_features", "knn_accuracy"]
+__all__ = ["extract_features", "knn_accuracy", "spread"]
 
 
 @torch.no_grad()
@@ -78,3 +78,15 @@ def knn_accuracy(
         votes.scatter_add_(1, train_labels[index], (similarity / temperature).exp())
         correct += int((votes.argmax(dim=1) == labels).sum())
     return correct / len(test_features)
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """How far features (N, D) are from having collapsed into one direction: 0 if they have, about 1 if none has.
+
+    The standard deviation over the batch of each dimension of the unit vectors, its mean over the dimensions, times
+    sqrt(D), since unit vectors that point everywhere have 1 / sqrt(D).
+
+    Source: the collapse measure of SimSiam (arXiv:2011.10566), figure 2.
+    """
+    return F.normalize(features.float(), dim=-1).std(dim=0).mean() * features.shape[-1] ** 0.5

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-supervised methods, one a file, each a thin `nn.Module` over any backbone; `docs/methods.md` is their table."""
 
+from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
 from sslkernels.methods.moco import MoCo
 from sslkernels.methods.siglip import SigLIP
 from sslkernels.methods.simclr import SimCLR
+from sslkernels.methods.simsiam import SimSiam
 
-__all__ = ["CLIP", "MoCo", "SigLIP", "SimCLR"]
+__all__ = ["BYOL", "CLIP", "MoCo", "SigLIP", "SimCLR", "SimSiam"]

@@ -46,8 +46,8 @@ def test_names_digits_without_a_label(trained, name):
     run = trained(name).run
     run.method.eval()
     template = [data.CAPTION_VOCABULARY.index(word) for word in ["a", "photo", "of", "the", "number"]]
-    texts = torch.tensor([[*template, data.CAPTION_VOCABULARY.index(digit)] for digit in run.digits.classes])
+    texts = torch.tensor([[*template, data.CAPTION_VOCABULARY.index(digit)] for digit in run.data.classes])
     with torch.no_grad():
-        scores = run.method.encode_image(run.digits.test_images) @ run.method.encode_text(texts).T
-    accuracy = (scores.argmax(dim=1) == run.digits.test_labels).double().mean().item()
+        scores = run.method.encode_image(run.data.test_images) @ run.method.encode_text(texts).T
+    accuracy = (scores.argmax(dim=1) == run.data.test_labels).double().mean().item()
     assert accuracy > 0.85

@@ -4,21 +4,66 @@
 from __future__ import annotations
 
 import io
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
-METHODS = ["simclr", "moco", "clip", "siglip"]
-# The share of its highest value that the loss may keep after 150 steps: it keeps 0.38, 0.62, 0.56 and 0.56. MoCo starts
-# near zero, as its first keys all resemble each other and none of the random queue; so the highest, not the first.
-KEPT = {"simclr": 0.5, "moco": 0.75, "clip": 0.7, "siglip": 0.7}
+from sslkernels import methods
+from sslkernels.evaluation import spread
+from sslkernels.presets import PRESETS
+
+METHODS = list(PRESETS)
+
+
+class Learns(NamedTuple):
+    """After the tests' steps the loss may keep the share `kept` of its highest value, and the held-out kNN accuracy is
+    at least `gain` above the untrained network's and at least `knn`. The comments say what was reached."""
+
+    kept: float
+    gain: float
+    knn: float = 0.0
+
+
+# The highest loss, not the first: MoCo starts near zero, as its first keys all resemble each other and none of the
+# random queue.
+LEARNS = {
+    "simclr": Learns(0.5, 0.05, 0.94),  # 0.39, 0.76 -> 0.97
+    "moco": Learns(0.75, 0.05, 0.94),  # 0.65, 0.76 -> 0.97
+    "clip": Learns(0.7, 0.05, 0.94),  # 0.54, 0.76 -> 0.97
+    "siglip": Learns(0.7, 0.05, 0.94),  # 0.49, 0.76 -> 0.97
+    "byol": Learns(0.5, 0.05),  # 0.29, 0.76 -> 0.83: its target is a random network at first
+    "simsiam": Learns(-25, 0.1),  # from 0.01 to -0.74, 0.76 -> 0.93
+}
+
+
+def test_every_method_has_a_preset():
+    assert sorted(PRESETS) == sorted(name.lower() for name in methods.__all__) and sorted(LEARNS) == sorted(PRESETS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_learns(trained, name):
     run, untrained, losses = trained(name)
-    assert sum(losses[-5:]) / 5 < KEPT[name] * max(losses)
-    assert run.knn() > max(untrained + 0.05, 0.94)
+    kept, gain, knn = LEARNS[name]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-5:]) / 5 < kept * max(losses)
+    assert run.knn() > max(untrained + gain, knn)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_does_not_collapse(trained, name):
+    """The held-out features point in many directions; those of the untrained CNN have a spread of 0.15."""
+    assert spread(trained(name).run.features()[1]) > 0.3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_metrics_are_detached_scalars(training, name):
+    run = training(name)
+    loss, metrics = run.method(run.batch(8))
+    assert loss.requires_grad and loss.shape == ()
+    assert torch.equal(metrics["loss"], loss.detach())
+    assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -39,10 +84,15 @@ def test_resumes_bit_for_bit(training, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_encodes_with_the_backbone(training, name):
+def test_encodes(training, name):
+    """One row of features an item, of the width that the backbone tells, the same whatever else is in the batch."""
     run = training(name)
-    images = run.digits.test_images[:5]
+    items = run.data[2][:5]
     run.method.eval()
-    backbone = run.method.backbone if name in ("simclr", "moco") else run.method.image_encoder
-    assert torch.equal(run.method.encode(images), backbone(images))
-    assert run.method.encode(images).shape == (5, backbone.dim)
+    with torch.no_grad():
+        features = run.method.encode(items)
+        assert features.shape == (5, ENCODERS.get(name, lambda m: m.backbone)(run.method).dim)
+        torch.testing.assert_close(run.method.encode(items[2:3]), features[2:3], rtol=1e-4, atol=1e-5)
+
+
+ENCODERS = {"clip": lambda method: method.image_encoder, "siglip": lambda method: method.image_encoder}

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method in a size for a desk: network, data and optimizer, in one table for the demo, `make methods` and tests.
+
+All figures are for two CPU cores and seconds to minutes of training; the papers' sizes are the methods' own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from sslkernels import data, methods
+from sslkernels.methods._method import Method
+from sslkernels.nn import ResidualCNN
+
+__all__ = ["PRESETS", "Preset"]
+
+
+class Preset(NamedTuple):
+    """`make(total_steps)` builds the method; momentum schedules end with the training.
+
+    `data` names the loader, `batch` what a step takes: "views" are two views of each image, "captions" one view and a
+    caption, "images" and "clips" one view.
+    """
+
+    make: Callable[[int], Method]
+    data: str = "digits"
+    batch: str = "views"
+    lr: float = 2e-3
+    batch_size: int = 128
+    weight_decay: float = 0.01
+
+
+def _cnn() -> ResidualCNN:
+    return ResidualCNN(in_chans=1, channels=(16, 32))
+
+
+def _text_encoder() -> nn.Module:
+    return nn.EmbeddingBag(len(data.CAPTION_VOCABULARY), 32, padding_idx=0)
+
+
+PRESETS: dict[str, Preset] = {
+    "simclr": Preset(lambda steps: methods.SimCLR(_cnn(), dim=32)),
+    "moco": Preset(lambda steps: methods.MoCo(_cnn(), dim=32, queue_size=512, momentum=0.99)),
+    "clip": Preset(lambda steps: methods.CLIP(_cnn(), _text_encoder(), dim=32), batch="captions"),
+    "siglip": Preset(lambda steps: methods.SigLIP(_cnn(), _text_encoder(), dim=32), batch="captions", lr=4e-3),
+    "byol": Preset(
+        lambda steps: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps), lr=4e-3
+    ),
+    "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
+}
