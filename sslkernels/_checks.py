@@ -140,3 +140,40 @@ def ids(name: str, x: Tensor, length: int, distinct: bool = False) -> None:
         again = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
         if again.numel():
             raise ValueError(f"{name} must not repeat within a sample, got {int(again[0])} more than once")
+
+
+def integer(name: str, x: Any, low: int, high: int | None = None) -> None:
+    """A Python integer with low <= x, and x <= high where that is given."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {type(x).__name__}")
+    if x < low or (high is not None and x > high):
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}, got {x}")
+
+
+def integers(name: str, x: Any, count: int, low: int) -> tuple[int, ...]:
+    """`count` Python integers, each at least `low`, as a tuple."""
+    if not isinstance(x, Sequence) or len(x) != count:
+        raise ValueError(f"{name} must be {count} integers, got {x!r}")
+    for i, number_ in enumerate(x):
+        integer(f"{name}[{i}]", number_, low)
+    return tuple(x)
+
+
+def interval(name: str, x: Any, low: float, high: float) -> tuple[float, float]:
+    """A pair (a, b) of numbers with low < a <= b <= high, as a tuple of floats."""
+    if not isinstance(x, Sequence) or len(x) != 2:
+        raise ValueError(f"{name} must be a pair (smallest, largest), got {x!r}")
+    for i, number_ in enumerate(x):
+        if isinstance(number_, bool) or not isinstance(number_, int | float):
+            raise TypeError(f"{name}[{i}] must be a number, got {type(number_).__name__}")
+    if not low < x[0] <= x[1] <= high or not x[1] < math.inf:
+        raise ValueError(f"{name} must rise within ({low}, {high}], got {tuple(x)}")
+    return float(x[0]), float(x[1])
+
+
+def ratio(name: str, x: Any) -> None:
+    """0 < x < 1."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not 0 < x < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {x}")

@@ -13,6 +13,14 @@ from sslkernels.ops.contrastive import (
     two_view_cross_entropy,
 )
 from sslkernels.ops.ema import ema_update_, enqueue_
+from sslkernels.ops.masks import (
+    block_mask,
+    inverse_block_mask,
+    multiblock3d_mask,
+    multiblock_mask,
+    random_mask,
+    tube_mask,
+)
 from sslkernels.ops.patches import (
     embed_patches,
     gather_patches,
@@ -26,15 +34,20 @@ from sslkernels.ops.regression import average_layers, masked_regression
 __all__ = [
     "Exclude",
     "average_layers",
+    "block_mask",
     "ema_update_",
     "embed_patches",
     "enqueue_",
     "gather_patches",
     "gather_tokens",
+    "inverse_block_mask",
     "l2_normalize",
     "masked_patch_loss",
     "masked_regression",
+    "multiblock3d_mask",
+    "multiblock_mask",
     "permute_patches",
+    "random_mask",
     "restore_tokens",
     "sampled_logsumexp",
     "self_similarity_logsumexp",
@@ -42,5 +55,6 @@ __all__ = [
     "similarity_logsumexp",
     "similarity_softplus",
     "similarity_softplus_sum",
+    "tube_mask",
     "two_view_cross_entropy",
 ]
