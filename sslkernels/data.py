@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real data that installed packages ship (nothing is downloaded), and two-view augmentation on tensors."""
+"""Small real data that installed packages ship (nothing is downloaded), and two-view augmentation on tensors.
+
+The clips have a file of their own, `sslkernels/video.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.video import ClipData, clips
+
 __all__ = [
     "CAPTION_VOCABULARY",
     "DIGIT_VIEWS",
     "PHOTOGRAPHS",
     "PHOTO_VIEWS",
+    "ClipData",
     "ImageData",
     "augment",
+    "clips",
     "digit_captions",
     "digits",
     "photographs",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the features are worth without training anything on top of them: k-nearest-neighbour accuracy."""
+"""What frozen features are worth: the accuracy of k nearest neighbours, and of a linear classifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["extract_features", "knn_accuracy", "spread"]
+__all__ = ["extract_features", "knn_accuracy", "linear_probe", "spread"]
 
 
 @torch.no_grad()
@@ -53,18 +53,7 @@ def knn_accuracy(
         >>> knn_accuracy(eye, torch.arange(4), eye + 0.1, torch.arange(4), k=1)
         1.0
     """
-    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            "train_features and test_features must be (N, D) and (M, D), got "
-            f"{tuple(train_features.shape)} and {tuple(test_features.shape)}"
-        )
-    if train_labels.shape != train_features.shape[:1] or test_labels.shape != test_features.shape[:1]:
-        raise ValueError(
-            f"labels must be ({len(train_features)},) and ({len(test_features)},), got "
-            f"{tuple(train_labels.shape)} and {tuple(test_labels.shape)}"
-        )
-    if not len(test_features):
-        raise ValueError("test_features is empty")
+    _check(train_features, train_labels, test_features, test_labels)
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k must be between 1 and the {len(train_features)} training items, got {k}")
     if not temperature > 0:
@@ -90,3 +79,60 @@ def spread(features: Tensor) -> Tensor:
     Source: the collapse measure of SimSiam (arXiv:2011.10566), figure 2.
     """
     return F.normalize(features.float(), dim=-1).std(dim=0).mean() * features.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    ridge: float = 1e-2,
+) -> float:
+    """Share of test items that a linear classifier, fitted to the training items, names rightly.
+
+        x = (features - mean) / std                 per dimension, over the training items, as MAE's batch norm does
+        W = argmin mean |x W + c - onehot|^2 + ridge |W|^2,   the class is argmax(x W + c)
+
+    Solved exactly, in float64: no learning rate and no epochs, so two features are compared under equal terms.
+    Features (N, D) and (M, D) need not be normalized; labels are (N,) and (M,) class indices.
+
+    Example:
+        >>> train, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+        >>> linear_probe(train, labels, torch.eye(3), torch.arange(3))
+        1.0
+    """
+    _check(train_features, train_labels, test_features, test_labels)
+    if not ridge > 0:
+        raise ValueError(f"ridge must be positive, got {ridge}")
+    train, test = train_features.double(), test_features.double()
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    std = torch.where(std > 0, std, 1)
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = int(train_labels.max()) + 1
+    onehot = F.one_hot(train_labels, classes).to(train.dtype)
+    share = onehot.mean(dim=0)  # the intercept, as the training features are centred
+    n, d = train.shape
+    if d <= n:
+        gram = train.T @ train + n * ridge * torch.eye(d, dtype=train.dtype, device=train.device)
+        weight = torch.linalg.solve(gram, train.T @ (onehot - share))
+    else:
+        gram = train @ train.T + n * ridge * torch.eye(n, dtype=train.dtype, device=train.device)
+        weight = train.T @ torch.linalg.solve(gram, onehot - share)
+    return float(((test @ weight + share).argmax(dim=1) == test_labels).double().mean())
+
+
+def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:
+    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            "train_features and test_features must be (N, D) and (M, D), got "
+            f"{tuple(train_features.shape)} and {tuple(test_features.shape)}"
+        )
+    if train_labels.shape != train_features.shape[:1] or test_labels.shape != test_features.shape[:1]:
+        raise ValueError(
+            f"labels must be ({len(train_features)},) and ({len(test_features)},), got "
+            f"{tuple(train_labels.shape)} and {tuple(test_labels.shape)}"
+        )
+    if not len(test_features):
+        raise ValueError("test_features is empty")
