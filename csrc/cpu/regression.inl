@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loops of the regression kernels over one row, and over a tile of layers. Included once for each instruction set.
+
+// x standardised is ((x - mean) - rest) * inverse: the mean of a row far from zero is rounded, and rest is what is
+// left.
+template <typename T>
+struct Standard {
+  T mean, rest, inverse;
+};
+
+// sum_j f(j)
+template <typename T, typename F>
+INLINE T sum_over(i64 n, const F& f) {
+  T s = 0;
+#pragma omp simd reduction(+ : s)
+  for (i64 j = 0; j < n; ++j) s += f(j);
+  return s;
+}
+
+template <typename T>
+INLINE Standard<T> standard(const T* x, i64 n, T eps) {
+  const T mean = sum_over<T>(n, [x](i64 j) { return x[j]; }) / n;
+  const i64 q = n / 2;
+  T r0 = 0, r1 = 0, s0 = 0, s1 = 0;
+#pragma omp simd reduction(+ : r0, r1, s0, s1)
+  for (i64 j = 0; j < q; ++j) {
+    const T c = x[j] - mean, d = x[j + q] - mean;
+    r0 += c;
+    r1 += d;
+    s0 += c * c;
+    s1 += d * d;
+  }
+  const T odd = n % 2 ? x[n - 1] - mean : T(0);
+  const T rest = (r0 + r1 + odd) / n, variance = (s0 + s1 + odd * odd) / n - rest * rest;
+  return {mean, rest, 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps)};
+}
+
+// The mean of value(d) over the elements, d = p - standardised t, and slope(d) into grad unless that is null.
+template <typename T, typename V, typename S>
+INLINE T elements(const T* p, const T* t, i64 n, const Standard<T>& s, T* grad, const V& value, const S& slope) {
+  const auto difference = [=](i64 j) { return p[j] - ((t[j] - s.mean) - s.rest) * s.inverse; };
+  if (!grad)
+    return sum_over<T>(n, [=](i64 j) { return value(difference(j)); }) / n;
+  return sum_over<T>(n,
+                     [=](i64 j) {
+                       const T d = difference(j);
+                       grad[j] = slope(d);
+                       return value(d);
+                     }) /
+         n;
+}
+
+template <typename T>
+INLINE T length(const T* x, i64 n) {
+  const T sum = sum_over<T>(n, [x](i64 j) { return x[j] * x[j]; });
+  if (sum > T(1e-30) && sum < T(1e36))
+    return std::sqrt(sum);
+  double wide = 0;  // a square that overflows or underflows in float
+  for (i64 j = 0; j < n; ++j) wide += static_cast<double>(x[j]) * x[j];
+  return static_cast<T>(std::sqrt(wide));
+}
+
+// 1 - <u, v> or |u - v|^2 of the unit rows u and v. Both come from the difference, which does not cancel as v nears u.
+template <typename T>
+INLINE T directions(const T* p, const T* t, i64 n, T eps, bool cosine, T weight, T* grad) {
+  const T length_p = length(p, n), length_t = length(t, n);
+  const T a = 1 / (length_p < eps ? eps : length_p), b = 1 / (length_t < eps ? eps : length_t);
+  const T distance = sum_over<T>(n, [=](i64 j) { return (p[j] * a - t[j] * b) * (p[j] * a - t[j] * b); });
+  const bool constant = length_p < eps;  // below eps the divisor is one
+  const T short_p = constant ? 1 - (length_p * a) * (length_p * a) : T(0);
+  const T short_t = length_t < eps ? 1 - (length_t * b) * (length_t * b) : T(0);
+  const T angle = T(0.5) * (distance + short_p + short_t);  // 1 - <u, v>
+  if (grad) {
+    // d/dp = (u - v - angle u) / |p|; where the divisor is constant -v / eps, or (u - v) / eps
+    const T along = (constant ? (cosine ? T(1) : T(0)) : angle) * a;
+    const T factor = (cosine ? 1 : 2) * a * weight;
+#pragma omp simd
+    for (i64 j = 0; j < n; ++j) grad[j] = factor * ((p[j] * a - t[j] * b) - along * p[j]);
+  }
+  return cosine ? angle : distance;
+}
+
+// The value of one row and, unless grad is null, weight * its gradient.
+template <typename T>
+LEAF T regress(const Regression<T>& r, const T* p, const T* t, i64 n, T weight, T* grad) {
+  if (r.distance == Distance::kCosine || r.distance == Distance::kNormalizedL2)
+    return directions(p, t, n, r.eps, r.distance == Distance::kCosine, weight, grad);
+  const Standard<T> s = r.normalize_target ? standard(t, n, r.eps) : Standard<T>{0, 0, 1};
+  const T w = weight / n;
+  if (r.distance == Distance::kL2)
+    return elements(p, t, n, s, grad, [](T d) { return d * d; }, [w](T d) { return 2 * w * d; });
+  if (r.distance == Distance::kL1)
+    return elements(
+        p, t, n, s, grad, [](T d) { return d < 0 ? -d : d; }, [w](T d) { return d > 0   ? w
+                                                                                : d < 0 ? -w
+                                                                                        : d; });
+  const T beta = r.beta, half = T(0.5), steep = w / beta;
+  return elements(
+             p, t, n, s, grad,
+             [beta, half](T d) {
+               const T far = d < 0 ? -d : d, near = far < beta ? far : beta;
+               return near * (far - half * near);
+             },
+             [beta, steep](T d) {
+               return steep * (d > beta ? beta : d < -beta ? -beta : d);
+             }) /
+         beta;
+}
+
+template <typename T>
+LEAF void layer_norm(T* x, i64 n, T eps) {
+  const Standard<T> s = standard(x, n, eps);
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) x[j] = ((x[j] - s.mean) - s.rest) * s.inverse;
+}
+
+// sums_j += sum over `count` rows of x_j - mean_j, squares_j likewise of its square
+template <i64 count, typename T>
+INLINE void add_sums(const T* x, i64 ld, i64 cols, const T* mean, double* sums, double* squares) {
+#pragma omp simd
+  for (i64 j = 0; j < cols; ++j) {
+    T sum = 0, square = 0;
+    for (i64 i = 0; i < count; ++i) {
+      const T c = x[i * ld + j] - mean[j];
+      sum += c;
+      square += c * c;
+    }
+    sums[j] += sum;
+    squares[j] += square;
+  }
+}
+
+// rest_j = mean over the rows of x_j - mean_j, variance_j that of x_j. False where they may have cancelled.
+template <typename T>
+INLINE bool column_moments(const T* x, i64 ld, i64 rows, i64 cols, const T* mean, double* rest, double* variance) {
+  std::fill_n(rest, cols, 0.0);
+  std::fill_n(variance, cols, 0.0);
+  i64 i = 0;
+  for (; i + kBlock <= rows; i += kBlock) add_sums<kBlock>(x + i * ld, ld, cols, mean, rest, variance);
+  for (; i < rows; ++i) add_sums<1>(x + i * ld, ld, cols, mean, rest, variance);
+  bool good = true;
+  for (i64 j = 0; j < cols; ++j) {
+    rest[j] /= rows;
+    variance[j] = variance[j] / rows - rest[j] * rest[j];
+    variance[j] = variance[j] < 0 ? 0 : variance[j];
+    good &= rest[j] * rest[j] <= 4 * variance[j];
+  }
+  return good;
+}
+
+// out (+)= factor (x standardised over its rows), for a tile of columns; scratch: 5 cols doubles
+template <typename T>
+LEAF void add_standardized(const T* x, i64 ld, i64 rows, i64 cols, T eps, T factor, double* scratch, bool first, T* out,
+                           i64 ldo) {
+  double *rest = scratch, *variance = scratch + cols;
+  T *mean = reinterpret_cast<T*>(scratch + 2 * cols), *inverse = mean + cols, *rest_of = inverse + cols;
+  // a few rows tell about where the mean is; where they are far from it, their variance has cancelled
+  const i64 few = rows < kBlock ? rows : kBlock;
+  std::fill_n(mean, cols, T(0));
+  column_moments(x, ld, few, cols, mean, rest, variance);
+  for (i64 j = 0; j < cols; ++j) mean[j] = static_cast<T>(rest[j]);
+  if (!column_moments(x, ld, rows, cols, mean, rest, variance)) {
+    for (i64 j = 0; j < cols; ++j) mean[j] += static_cast<T>(rest[j]);
+    column_moments(x, ld, rows, cols, mean, rest, variance);
+  }
+  for (i64 j = 0; j < cols; ++j) {
+    rest_of[j] = static_cast<T>(rest[j]);
+    inverse[j] = static_cast<T>(factor / std::sqrt(variance[j] + eps));
+  }
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = x + i * ld;
+    T* o = out + i * ldo;
+    if (first) {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) o[j] = ((row[j] - mean[j]) - rest_of[j]) * inverse[j];
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < cols; ++j) o[j] += ((row[j] - mean[j]) - rest_of[j]) * inverse[j];
+    }
+  }
+}
+
+template <typename T>
+LEAF void add_scaled(const T* x, i64 ld, i64 rows, i64 cols, T factor, bool first, T* out, i64 ldo) {
+  for (i64 i = 0; i < rows; ++i) {
+    const T* row = x + i * ld;
+    T* o = out + i * ldo;
+#pragma omp simd
+    for (i64 j = 0; j < cols; ++j) o[j] = first ? factor * row[j] : o[j] + factor * row[j];
+  }
+}
