@@ -204,7 +204,7 @@ Tensor rows_backward(const Tensor& grad, const Tensor& pred, const Tensor& targe
 // cache, as do all layers the sum. A tile belongs to one thread.
 template <typename T>
 Tensor average(const std::vector<Tensor>& layers, bool instance_norm, bool layer_norm, T eps) {
-  constexpr i64 kTileBytes = i64(128) << 10, kNarrowest = 64, kWidest = 1024;
+  constexpr i64 kTileBytes = i64(256) << 10, kNarrowest = 64, kWidest = 1024;
   const i64 batch = layers[0].size(0), rows = layers[0].size(1), n = layers[0].size(2);
   Tensor result = empty({batch, rows, n}, kScalar<T>);
   T* out = data<T>(result);
