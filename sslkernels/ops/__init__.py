@@ -19,6 +19,9 @@ from sslkernels.ops.masks import (
     multiblock3d_mask,
     multiblock_mask,
     random_mask,
+    span_corruption,
+    span_mask,
+    token_mask,
     tube_mask,
 )
 from sslkernels.ops.patches import (
@@ -55,6 +58,9 @@ __all__ = [
     "similarity_logsumexp",
     "similarity_softplus",
     "similarity_softplus_sum",
+    "span_corruption",
+    "span_mask",
+    "token_mask",
     "tube_mask",
     "two_view_cross_entropy",
 ]
