@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks [family]` measures; `python -m benchmarks report` makes tables and plots again."""
+"""`python -m benchmarks [family ...]` measures (every family if none is named);
+`python -m benchmarks report [file ...]` makes tables and plots again from results files."""
 
 from __future__ import annotations
 
@@ -9,14 +10,13 @@ import sys
 from pathlib import Path
 
 from benchmarks import machine, report
-from benchmarks.cases import FAMILIES, find
+from benchmarks.cases import FAMILIES, README, find
 from benchmarks.stats import OURS
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    p.add_argument("family", nargs="?", default="contrastive", choices=[*FAMILIES, "report"])
-    p.add_argument("file", nargs="?", type=Path, help="report: the results file (default: this machine's)")
+    p.add_argument("what", nargs="*", help=f"{', '.join(FAMILIES)} (default: all); or: report [results file ...]")
     p.add_argument("--case", action="append", metavar="NAME", help="only this case; may be repeated")
     p.add_argument("--list", action="store_true", help="name the cases and stop")
     p.add_argument("--quick", action="store_true", help="5 rounds, memory kept only; into a file that is not committed")
@@ -30,40 +30,54 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def publish(path: Path, plot: bool, documents: bool) -> None:
-    results = json.loads(path.read_text())
-    picture = path.with_suffix(".png")
-    if plot or documents:
-        from benchmarks.plot import draw
+def publish(paths: list[Path], plot: bool, documents: bool) -> None:
+    families = [json.loads(path.read_text()) for path in paths]
+    for path, results in zip(paths, families, strict=True):
+        picture = path.with_suffix(".png")
+        if plot or documents:
+            from benchmarks.plot import draw
 
-        if not draw(results, picture):
-            print(f"no plot: {path.name} has no case with {OURS} in it", file=sys.stderr)
-    link = f"../benchmarks/results/{picture.name}" if picture.exists() else None
-    path.with_suffix(".md").write_text(report.full(results, picture.name if link else None) + "\n")
-    print(f"{report.goals_table(results)}\n\nwritten: {path.name} and what is made from it, in benchmarks/results/")
+            if not draw(results, picture):
+                print(f"no plot: {path.name} has no case with {OURS} in it", file=sys.stderr)
+        link = f"../benchmarks/results/{picture.name}" if picture.exists() else None
+        path.with_suffix(".md").write_text(report.full(results, picture.name if link else None) + "\n")
+        print(f"{report.goals_table(results)}\n\nwritten: {path.name} and what is made from it, in benchmarks/results/")
+        if documents:
+            marker = f"figures-{results['family']}"
+            report.insert(machine.ROOT / "docs" / "benchmarks.md", marker, report.full(results, link))
     if documents:
-        report.insert(machine.ROOT / "README.md", "wins", report.wins(results))
-        report.insert(machine.ROOT / "docs" / "benchmarks.md", "figures", report.full(results, link))
+        report.insert(machine.ROOT / "README.md", "wins", report.wins(families, README))
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)  # a file may follow an option
-    family = next(iter(FAMILIES)) if options.family == "report" else options.family
-    cases = [find(name) for name in options.case] if options.case else list(FAMILIES[family])
+    from benchmarks import runner
+
+    suffix = "-quick" if options.quick else ""
+    if options.what[:1] == ["report"]:
+        paths = [Path(file) for file in options.what[1:]]
+        publish(
+            paths or [path for family in FAMILIES if (path := runner.results_path(family, suffix)).exists()],
+            options.plot,
+            options.readme,
+        )
+        return 0
+    if unknown := [family for family in options.what if family not in FAMILIES]:
+        parser().error(f"family must be one of {', '.join(FAMILIES)}, or report; got {unknown[0]!r}")
+    named = [find(name) for name in options.case or ()]
+    chosen = {
+        family: [case for case in cases if not named or case in named]
+        for family, cases in FAMILIES.items()
+        if not options.what or family in options.what
+    }
+    every = [case for cases in chosen.values() for case in cases]
     if options.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(case.name for case in every))
         return 0
     if options.peers:
         from benchmarks.peers import compare
 
-        return 0 if compare(cases) else 1
-
-    from benchmarks import runner
-
-    path = options.file or runner.results_path(family, "-quick" if options.quick else "")
-    if options.family == "report":
-        publish(path, options.plot, options.readme)
-        return 0
+        return 0 if compare(every) else 1
     settings = runner.Options(
         rounds=options.rounds or (5 if options.quick else 15),
         threads=options.threads,
@@ -71,10 +85,15 @@ def main(arguments: list[str]) -> int:
         memory=not options.no_memory,
         compile=options.compile,
     )
-    runner.run(family, cases, settings, arguments, path, say=lambda line: print(line, flush=True))
-    publish(path, options.plot, documents=False)
-    records = json.loads(path.read_text())["cases"]
-    wrong = [case.name for case in cases if not records[case.name]["check"][OURS]["ok"]]
+    wrong = []
+    for family, cases in chosen.items():
+        if not cases:
+            continue
+        path = runner.results_path(family, suffix)
+        runner.run(family, cases, settings, arguments, path, say=lambda line: print(line, flush=True))
+        publish([path], options.plot, documents=False)
+        records = json.loads(path.read_text())["cases"]
+        wrong += [case.name for case in cases if not records[case.name]["check"][OURS]["ok"]]
     if wrong:
         print(f"{OURS} is wrong or missing in: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0

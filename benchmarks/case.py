@@ -1,36 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: cases, contenders, goals, and the two halves of a training step that are timed."""
+"""What is measured: cases, contenders, goals, floors, and the two halves of a step that are timed.
+
+A case is differentiable (its inputs hold leaves), or forward only (masks; no leaves), or in place (`changes`). Its
+result is judged by a `formula` in float64 or, where it is random, by `holds`: what must be true of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Inputs = dict[str, Any]  # tensors and numbers, passed by keyword to every contender of a case
+Inputs = dict[str, Any]  # tensors, lists of tensors and numbers, passed by keyword to every contender of a case
 SEED = 20240607
+COTANGENT = "cotangent"  # the input that weighs an output which is no scalar; the contenders do not see it
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a loss.
+    """One way to compute something: `call(**inputs)` returns a tensor, or several.
 
-    `call(**inputs)` returns the scalar loss. `prepare` gives the inputs the layout that the contender keeps
-    between steps (MoCo's transposed queue); it is not timed.
+    `prepare` gives the inputs the layout that the contender keeps between steps (MoCo's transposed queue), and
+    `result` gives its output the form that `Case.holds` reads (ids for a mask); neither is timed.
     """
 
     name: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
     source: str
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    result: Callable[[Any], Any] = lambda output: output
+    compile: bool = False  # timed as torch.compile makes it
+
+    def compiled(self) -> Contender:
+        return replace(self, name=f"{self.name}+compile", source=f"compiled: {self.source}", compile=True)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A limit on `sslkernels` relative to `against`: a contender, or "eager", the fastest form that anyone ships.
+    """A limit on `sslkernels` relative to `against`: a contender, a floor, or "eager", the fastest form anyone ships.
 
     `at_least` is a speed-up (their time / ours); `at_most` a fraction (ours / theirs).
     """
@@ -41,24 +51,60 @@ class Goal:
     at_most: float | None = None
 
 
+def faster(against: str, at_least: float) -> Goal:
+    return Goal("time", against, at_least=at_least)
+
+
+def within(against: str, at_most: float) -> Goal:
+    return Goal("time", against, at_most=at_most)
+
+
+def memory(against: str, at_most: float) -> Goal:
+    return Goal("memory", against, at_most=at_most)
+
+
+class Step(Protocol):
+    """`restore` undoes, untimed, what the steps of the last sample did."""
+
+    def restore(self) -> None: ...
+
+    def forward(self) -> Any: ...
+
+    def backward(self, output: Any) -> Any: ...
+
+
+class Floor(Protocol):
+    """What bounds everybody's time from below: `name` is its row in the tables."""
+
+    @property
+    def name(self) -> str: ...
+
+    def step(self, inputs: Inputs, shape: dict[str, int]) -> Step: ...
+
+    def describe(self, shape: dict[str, int]) -> dict[str, int]: ...
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
     op: str
     shape: dict[str, int]
-    inputs: Callable[..., Inputs]  # (generator, **shape) -> Inputs, float32
-    formula: Callable[..., Tensor]  # float64 definition, called like a contender
+    inputs: Callable[..., Inputs]  # (generator, **shape) -> Inputs
     contenders: tuple[Contender, ...]
     eager: tuple[str, ...]  # the contenders that restate what somebody ships
-    operands: Callable[[Inputs], tuple[Tensor, Tensor]]  # the two matrices of the bare GEMMs
-    gemms: int  # how many bare GEMMs eager needs, forward and backward: 2 (only rows have a gradient) or 3
-    images_per_row: float  # encoder passes (forward + backward) that one row of N costs in training
+    formula: Callable[..., Any] | None = None  # float64 definition, called like a contender
+    holds: Callable[..., str | None] | None = None  # (result, **inputs): what is wrong with it, or None
+    floor: Floor | None = None
     goals: tuple[Goal, ...] = field(default=())
+    variant: str = ""  # tells apart cases of one op and shape
+    changes: tuple[str, ...] = ()  # inputs that a call overwrites
+    memory: bool = True  # whether peak memory says anything
+    images_per_row: float = 0  # encoder passes (forward + backward) that one row of N costs in training; 0: no share
 
-    def make_inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
-        """The same float32 values in any dtype, so that a formula in float64 judges what float32 was given."""
+    def make_inputs(self, dtype: torch.dtype | None = None) -> Inputs:
+        """The same values in any dtype, so that a formula in float64 judges what float32 was given."""
         inputs = self.inputs(torch.Generator().manual_seed(SEED), **self.shape)
-        return {name: recast(value, dtype) for name, value in inputs.items()}
+        return {name: recast(value, dtype) for name, value in inputs.items()} if dtype else inputs
 
     def contender(self, name: str) -> Contender:
         for contender in self.contenders:
@@ -73,16 +119,21 @@ class Case:
     def tiny(self) -> Case:
         return self.sized(**{name: min(size, limit) for name, limit in TINY.items() if (size := self.shape.get(name))})
 
-    def step(self, name: str, inputs: Inputs) -> LossStep | GemmStep:
-        if name == "gemm":
-            return GemmStep(*self.operands(inputs), gemms=self.gemms)
-        return LossStep(self.contender(name), inputs)
+    def step(self, name: str, inputs: Inputs) -> Step:
+        if self.floor and name == self.floor.name:
+            return self.floor.step(inputs, self.shape)
+        return ContenderStep(self.contender(name), inputs, self.changes)
+
+    def floors(self) -> list[str]:
+        return [self.floor.name] if self.floor else []
 
 
-TINY = {"N": 24, "D": 16, "K": 96, "classes": 5}
+TINY = {"N": 24, "D": 16, "K": 96, "classes": 5, "B": 4, "pixels": 48, "L": 196, "T": 120, "grid": 14, "blocks": 1}
 
 
 def recast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [recast(v, dtype) for v in value]
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().to(dtype).requires_grad_(value.requires_grad)
@@ -92,31 +143,34 @@ def leaves(inputs: Inputs) -> dict[str, Tensor]:
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
 
 
-class LossStep:
-    def __init__(self, contender: Contender, inputs: Inputs):
-        self.call = contender.call
-        self.inputs = contender.prepare(inputs)
-        self.leaves = tuple(leaves(self.inputs).values())
+def tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
 
-    def forward(self) -> Tensor:
+
+class ContenderStep:
+    """Forward is the call, backward the gradient of every leaf. `attached`: the leaves are those of `inputs`, even
+    where `prepare` lays them out anew; a timed step starts from what `prepare` made."""
+
+    def __init__(self, contender: Contender, inputs: Inputs, changes: Sequence[str] = (), attached: bool = False):
+        self.call = torch.compile(contender.call, dynamic=False) if contender.compile else contender.call
+        prepared = contender.prepare({k: v for k, v in inputs.items() if k != COTANGENT})
+        if not attached:
+            # A leaf of the case stays the tensor that it is: its memory is there before a step.
+            prepared = {
+                k: v.detach().requires_grad_() if isinstance(v, Tensor) and not v.is_leaf else v
+                for k, v in prepared.items()
+            }
+        self.leaves = tuple(leaves(inputs if attached else prepared).values())
+        self.cotangent = inputs.get(COTANGENT)
+        self.initial = {name: prepared[name] for name in changes}
+        self.inputs = {**prepared, **{name: [x.clone() for x in prepared[name]] for name in changes}}
+
+    def restore(self) -> None:
+        for name, initial in self.initial.items():
+            torch._foreach_copy_(self.inputs[name], initial)
+
+    def forward(self) -> Any:
         return self.call(**self.inputs)
 
-    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, self.leaves)
-
-
-class GemmStep:
-    """The floor: the GEMMs of an eager step and nothing else, into memory that is already there."""
-
-    def __init__(self, q: Tensor, k: Tensor, gemms: int):
-        self.q, self.k, self.gemms = q, k, gemms
-        self.logits = q.new_zeros(q.shape[0], k.shape[0])
-        self.dq, self.dk = torch.zeros_like(q), torch.zeros_like(k)
-
-    def forward(self) -> Tensor:
-        return torch.mm(self.q, self.k.t(), out=self.logits)
-
-    def backward(self, logits: Tensor) -> None:
-        torch.mm(logits, self.k, out=self.dq)
-        if self.gemms == 3:
-            torch.mm(logits.t(), self.q, out=self.dk)
+    def backward(self, output: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, self.leaves, self.cotangent) if self.leaves else ()

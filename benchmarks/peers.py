@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Contender, Inputs, leaves
-from benchmarks.contenders import contrastive as ours
-from benchmarks.stats import summary
+from benchmarks.case import Case, Contender, ContenderStep, Inputs, tensors
+from benchmarks.contenders import contrastive, ema, masks, patches
+from benchmarks.stats import OURS, summary
 from benchmarks.worker import interleave, relative_error
 
 LARGEST = 1024  # rows; enough to see a difference in cost
@@ -26,31 +28,97 @@ AGREE = 1e-5
 @dataclass(frozen=True)
 class Peer:
     module: str
-    call: Callable[[Any, Inputs], Tensor]
+    call: Callable[[Any, Inputs], Any]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What lightly's update asks of a model."""
+
+    values: list[Tensor]
+
+    def parameters(self) -> list[Tensor]:
+        return self.values
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What the collator of transformers asks of a tokenizer."""
+
+    mask_id: int
+    vocabulary: int
+    mask_token: str = "[MASK]"
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.mask_id
+
+
+def lightly_restore(m: ModuleType, i: Inputs) -> Tensor:
+    tokens = m.repeat_token(i["mask_token"], (len(i["visible"]), len(i["position"])))
+    keep = torch.nn.functional.pad(i["ids"] + 1, (1, 0))
+    return m.set_at_index(tokens, keep, i["visible"]) + i["position"]
+
+
+def lightly_momentum(m: ModuleType, i: Inputs) -> list[Tensor]:
+    m.update_momentum(Parameters(i["sources"]), Parameters(i["targets"]), i["momentum"])
+    return i["targets"]
+
+
+def timm_average(m: ModuleType, i: Inputs) -> list[Tensor]:
+    m._lerp_stochastic_round_bf16_(i["targets"], i["sources"], 1.0 - i["momentum"])
+    return i["targets"]
+
+
+def collated_tokens(m: ModuleType, i: Inputs) -> tuple[Tensor, Tensor]:
+    collator = m.DataCollatorForLanguageModeling(
+        tokenizer=Tokenizer(i["mask_token"], i["vocabulary"]), mlm_probability=i["ratio"]
+    )
+    return collator.torch_mask_tokens(i["tokens"].clone(), special_tokens_mask=i["special"])
 
 
 PEERS: dict[Callable[..., Tensor], Peer] = {
-    ours.lightly_nt_xent: Peer(
+    contrastive.lightly_nt_xent: Peer(
         "lightly.loss", lambda m, i: m.NTXentLoss(temperature=i["temperature"])(i["out0"], i["out1"])
     ),
-    ours.info_nce_in_batch: Peer(
+    contrastive.info_nce_in_batch: Peer(
         "info_nce", lambda m, i: m.info_nce(i["query"], i["key"], temperature=i["temperature"])
     ),
-    ours.info_nce_queue: Peer(
+    contrastive.info_nce_queue: Peer(
         "info_nce", lambda m, i: m.info_nce(i["query"], i["key"], i["queue"], temperature=i["temperature"])
     ),
-    ours.open_clip_clip: Peer("open_clip.loss", lambda m, i: m.ClipLoss()(i["image"], i["text"], i["logit_scale"])),
-    ours.open_clip_siglip: Peer(
+    contrastive.open_clip_clip: Peer(
+        "open_clip.loss", lambda m, i: m.ClipLoss()(i["image"], i["text"], i["logit_scale"])
+    ),
+    contrastive.open_clip_siglip: Peer(
         "open_clip.loss", lambda m, i: m.SigLipLoss()(i["image"], i["text"], i["logit_scale"], i["logit_bias"])
     ),
-    ours.open_clip_siglip_chunked: Peer(
+    contrastive.open_clip_siglip_chunked: Peer(
         "open_clip.loss",
         lambda m, i: m.SigLipLoss(chunk_size=1024)(i["image"], i["text"], i["logit_scale"], i["logit_bias"]),
     ),
-    ours.metric_learning_supcon: Peer(
+    contrastive.metric_learning_supcon: Peer(
         "pytorch_metric_learning.losses",
         lambda m, i: m.SupConLoss(temperature=i["temperature"])(i["features"], i["labels"]),
     ),
+    patches.lightly_gather: Peer(
+        "lightly.models.utils",
+        lambda m, i: patches.channels_first(m.get_at_index(m.patchify(i["images"], i["patch_size"]), i["ids"])),
+    ),
+    patches.lightly_restore: Peer("lightly.models.utils", lightly_restore),
+    masks.lightly_random: Peer(
+        "lightly.models.utils",
+        lambda m, i: m.random_token_mask((i["B"], i["L"]), mask_ratio=0.75, mask_class_token=True),
+    ),
+    masks.transformers_spans: Peer(
+        "transformers.models.wav2vec2.modeling_wav2vec2",
+        lambda m, i: torch.from_numpy(m._compute_mask_indices((i["B"], i["T"]), i["ratio"], i["span"])),
+    ),
+    masks.transformers_tokens: Peer("transformers.data.data_collator", collated_tokens),
+    ema.lightly: Peer("lightly.models.utils", lightly_momentum),
+    ema.timm: Peer("timm.utils.model_ema", timm_average),
 }  # fmt: skip
 
 
@@ -72,32 +140,43 @@ def load(name: str) -> ModuleType:
         return module
 
 
+def run(case: Case, contender: Contender) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Result and gradients; every generator starts anew, so that whoever draws alike returns the same masks."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    step = ContenderStep(contender, case.make_inputs(), case.changes, attached=True)
+    output = step.forward()
+    return [x.detach() for x in tensors(contender.result(output))], step.backward(output)
+
+
 def difference(case: Case, restated: Contender, peer: Peer, module: ModuleType) -> tuple[float, float, float]:
-    """Relative difference in value, the largest in gradients, and the restatement's time over the real one's."""
+    """Largest relative difference in values and in gradients, and the restatement's time over the real one's."""
     real = Contender("real", lambda **inputs: peer.call(module, inputs), "")
+    (values, gradients), (real_values, real_gradients) = run(case, restated), run(case, real)
+    both = replace(case, contenders=(restated, real))
     inputs = case.make_inputs()
-    wanted = tuple(leaves(inputs).values())
-    values = [contender.call(**contender.prepare(inputs)) for contender in (restated, real)]
-    gradients = [torch.autograd.grad(value, wanted) for value in values]
-    both = Case(**{**vars(case), "contenders": (restated, real)})
     times = interleave({c.name: both.step(c.name, inputs) for c in both.contenders}, 7, 0.02)
     first, second = (times[c.name] for c in both.contenders)
     ratio = summary([
         (f + b) / (g + c)
         for f, b, g, c in zip(first["forward"], first["backward"], second["forward"], second["backward"], strict=True)
     ]).median  # fmt: skip
-    worst = max(relative_error(a, b.double()) for a, b in zip(*gradients, strict=True))
-    return relative_error(values[0].detach(), values[1].detach().double()), worst, ratio
+    worst = [
+        max((relative_error(a, b.double()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+        for ours, theirs in ((values, real_values), (gradients, real_gradients))
+    ]
+    return worst[0], worst[1], ratio
 
 
 def compare(cases: list[Case], say: Callable[[str], None] = print) -> bool:
     """Print one line for each restatement in `cases`; False if one differs from the package it restates."""
     agree, seen = True, set()
     for case in cases:
-        small = case.sized(N=min(case.shape["N"], LARGEST))
+        small = case.sized(N=min(case.shape["N"], LARGEST)) if "N" in case.shape else case
         for contender in case.contenders:
-            key = (contender.call, small.shape["N"], small.shape["D"])
-            if contender.name not in case.eager or key in seen:
+            key = (contender.call, *small.shape.values())
+            if contender.name == "lean" or contender.compile or contender.name == OURS or key in seen:
                 continue
             seen.add(key)
             label = f"{case.op} {small.shape}: {contender.name}"

@@ -13,7 +13,21 @@ LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fontsi
 
 
 def label(record: dict[str, Any]) -> str:
-    return record["op"] + " " + " ".join(f"{k}={v}" for k, v in record["shape"].items())
+    sizes = (f"{k}={v}" for k, v in record["shape"].items())
+    return " ".join(filter(None, (record["op"], record.get("variant", ""), *sizes)))
+
+
+def draw_memory(axis: Any, records: list[dict[str, Any]], regime: str) -> None:
+    for offset, name, colour in ((-0.2, "eager", "#d62728"), (0.2, OURS, "#2ca02c")):
+        peaks = [r["memory"].get(fastest(r["time"][regime], r["eager"]) if name == "eager" else name) for r in records]
+        what = "fastest shipped form" if name == "eager" else name
+        have = [(row + offset, peak) for row, peak in enumerate(peaks) if peak is not None]
+        # Below the resolution a bar would promise more than was measured.
+        axis.barh([y for y, _ in have], [max(peak, BLURRED) for _, peak in have], 0.38, color=colour, label=what)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"extra peak memory of a step, MiB (resolution {BLURRED:g})")
+    axis.set_xlim(left=0.8 * BLURRED)
+    axis.legend(**LEGEND)
 
 
 def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
@@ -26,7 +40,10 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
     records = [r for r in results["cases"].values() if OURS in r["time"].get(regime, {})]
     if not records:
         return False
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.42 * len(records)), sharey=True)
+    weighed = any(r["memory"] for r in records)
+    size = (13 if weighed else 9, 1.6 + 0.42 * len(records))
+    figure, axes = plt.subplots(1, 1 + weighed, figsize=size, sharey=True, squeeze=False)
+    speed = axes[0, 0]
     rows = range(len(records))
     height = 0.38
     for offset, other, colour in ((-0.2, "eager", "#1f77b4"), (0.2, "lean", "#9ecae1")):
@@ -34,29 +51,24 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
         ratios = [speedup(r["time"][regime], name) if name in r["time"][regime] else None
                   for r, name in zip(records, names, strict=True)]  # fmt: skip
         have = [(row, ratio) for row, ratio in zip(rows, ratios, strict=True) if ratio]
+        if not have:
+            continue
         middle = [ratio.median for _, ratio in have]
         spread = [[ratio.median - ratio.low for _, ratio in have], [ratio.high - ratio.median for _, ratio in have]]
         what = "than the fastest shipped form" if other == "eager" else "than our algebra in plain torch"
         speed.barh(
             [row + offset for row, _ in have], middle, height, xerr=spread, color=colour, ecolor="#444", label=what
         )
+    if speed.get_xlim()[1] > 25:
+        speed.set_xscale("log")
     speed.axvline(1, color="#444", linewidth=0.8)
     speed.set_yticks(list(rows), [label(r) for r in records])
     speed.margins(y=0.02)
     speed.invert_yaxis()
-    speed.set_xlabel(f"times faster, forward + backward (memory {regime}; whiskers: quartiles)")
+    speed.set_xlabel(f"times faster, forward + backward where there is one (memory {regime}; whiskers: quartiles)")
     speed.legend(**LEGEND)
-    for offset, name, colour in ((-0.2, "eager", "#d62728"), (0.2, OURS, "#2ca02c")):
-        peaks = [r["memory"].get(fastest(r["time"][regime], r["eager"]) if name == "eager" else name) for r in records]
-        what = "fastest shipped form" if name == "eager" else name
-        # Below the resolution a bar would promise more than was measured.
-        memory.barh(
-            [row + offset for row in rows], [max(p or 0, BLURRED) for p in peaks], 0.38, color=colour, label=what
-        )
-    memory.set_xscale("log")
-    memory.set_xlabel(f"extra peak memory of a step, MiB (resolution {BLURRED:g})")
-    memory.set_xlim(left=0.8 * BLURRED)
-    memory.legend(**LEGEND)
+    if weighed:
+        draw_memory(axes[0, 1], records, regime)
     figure.suptitle(f"{results['family']}, {results['machine']['cpu']}, {results['machine']['cores']} cores, float32")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

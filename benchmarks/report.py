@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.stats import OURS, Verdict, fastest, judge, seconds, speedup, summary
 
 BLURRED = 1.0  # MiB; peak memory below this is noise
+FLOORS = ("gemm", "copy")
+NOTHING = 2e-6  # seconds; a backward shorter than this only returned
 
 
 def duration(value: float) -> str:
@@ -27,7 +30,7 @@ def mebibytes(value: float | None) -> str:
 
 def share_of_step(results: dict[str, Any], record: dict[str, Any], name: str, regime: str) -> float | None:
     """The part of a training step that the loss takes, beside the reference encoder."""
-    if not results.get("encoder") or name not in record["time"].get(regime, {}):
+    if not results.get("encoder") or not record["images"] or name not in record["time"].get(regime, {}):
         return None
     loss = summary(seconds(record["time"][regime], name)).median
     return loss / (loss + record["images"] * results["encoder"]["seconds_per_image"])
@@ -67,31 +70,35 @@ def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
 
 
 def title(record: dict[str, Any]) -> str:
-    shape = ", ".join(f"{k} = {v:,}" for k, v in record["shape"].items())
-    return f"`{record['op']}` {shape}"
+    sizes = (f"{k} = {v:,}" for k, v in record["shape"].items())
+    return f"`{record['op']}` {', '.join(filter(None, (record.get('variant'), *sizes)))}"
 
 
 def times_table(results: dict[str, Any], regime: str) -> str:
+    records = results["cases"].values()
+    weighed, shared = any(r["memory"] for r in records), any(r["images"] for r in records)
+    header = ["case", "contender", "forward", "backward", "both (quartiles)", "time / ours (quartiles)"]
     rows = []
-    for record in results["cases"].values():
+    for record in records:
         times = record["time"].get(regime, {})
         for name in times:
-            total = summary(seconds(times, name))
+            total, backward = summary(seconds(times, name)), summary(seconds(times, name, "backward")).median
             ratio = speedup(times, name) if OURS in times and name != OURS else None
-            share = share_of_step(results, record, name, regime) if name != "gemm" else None
-            rows.append([
+            row = [
                 title(record) if name == next(iter(times)) else "",
                 name,
                 duration(summary(seconds(times, name, "forward")).median),
-                duration(summary(seconds(times, name, "backward")).median),
+                duration(backward) if backward > NOTHING else "-",
                 f"{duration(total.median)} ({duration(total.low)}-{duration(total.high)})",
                 f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "",
-                mebibytes(record["memory"].get(name)) if name != "gemm" else "-",
-                f"{100 * share:.1f}%" if share is not None else "-",
-            ])  # fmt: skip
-    header = ["case", "contender", "forward", "backward", "both (quartiles)", "time / ours (quartiles)", "peak memory",
-              "share of a step"]  # fmt: skip
-    return table(header, rows, right=2)
+            ]
+            if weighed:
+                row.append(mebibytes(record["memory"].get(name)))
+            if shared:
+                share = share_of_step(results, record, name, regime) if name not in FLOORS else None
+                row.append(f"{100 * share:.1f}%" if share is not None else "-")
+            rows.append(row)
+    return table(header + ["peak memory"] * weighed + ["share of a step"] * shared, rows, right=2)
 
 
 def goals_table(results: dict[str, Any]) -> str:
@@ -104,10 +111,9 @@ def goals_table(results: dict[str, Any]) -> str:
     return table(["case", "goal", "kept", "", "default malloc"], rows, right=2)
 
 
-def machine_line(results: dict[str, Any]) -> str:
-    machine = results["machine"]
+def machine_line(machine: dict[str, Any], records: Iterable[dict[str, Any]]) -> str:
     caches = ", ".join(f"{n.upper()} {size / 1024:g} MiB" for n in ("l2", "l3") if (size := machine[f"{n}_kib"]))
-    made = [record["provenance"] for record in results["cases"].values()]
+    made = [record["provenance"] for record in records]
     facts = {
         f"torch {p['torch']} ({p['blas']}), {p['threads']} threads, {p['rounds']} rounds, kernels for "
         f"{p['instruction_set']}" for p in made
@@ -121,14 +127,15 @@ def machine_line(results: dict[str, Any]) -> str:
     )
 
 
-def wins(results: dict[str, Any]) -> str:
-    """The README's table: forward + backward against the fastest form that anyone ships."""
-    rows = []
-    for record in results["cases"].values():
+def wins(families: list[dict[str, Any]], chosen: Collection[str]) -> str:
+    """The README's table: the chosen cases of one machine, against the fastest form that anyone ships."""
+    rows, records = [], []
+    for name, record in ((n, r) for results in families for n, r in results["cases"].items()):
         kept, default = record["time"].get("kept", {}), record["time"].get("default", {})
         eager = fastest(kept, record["eager"])
-        if eager is None or OURS not in kept:
+        if name not in chosen or eager is None or OURS not in kept:
             continue
+        records.append(record)
         peak, ours = record["memory"].get(eager), record["memory"].get(OURS)
         rows.append([
             title(record), eager,
@@ -136,25 +143,40 @@ def wins(results: dict[str, Any]) -> str:
             f"**{speedup(kept, eager).median:.1f}x**",
             f"{speedup(default, eager).median:.1f}x" if OURS in default and eager in default else "-",
             f"{speedup(kept, 'lean').median:.1f}x" if "lean" in kept else "-",
-            f"{mebibytes(peak)} → {mebibytes(ours)}",
+            f"{mebibytes(peak)} → {mebibytes(ours)}" if record["memory"] else "-",
         ])  # fmt: skip
-    header = ["loss", "fastest shipped form", "forward + backward", "faster", "default malloc", "vs lean eager",
+    header = ["op", "fastest shipped form", "forward + backward", "faster", "default malloc", "vs lean eager",
               "peak memory"]  # fmt: skip
-    return f"{table(header, rows, right=2)}\n\n{machine_line(results)}"
+    return f"{table(header, rows, right=2)}\n\n{machine_line(families[0]['machine'], records)}"
+
+
+def floors(results: dict[str, Any]) -> str:
+    """What the copies of the table move, in words: the byte counts behind "within 2x of its copy"."""
+    lines = []
+    for record in results["cases"].values():
+        if parts := record.get("floor", {}).get("copy"):
+            counted = " + ".join(f"{name} {count / 1e6:.1f}" for name, count in parts.items())
+            lines.append(f"{title(record)}: {counted} = {sum(parts.values()) / 1e6:.1f} MB")
+    return f"Bytes of the copies. {'; '.join(lines)}." if lines else ""
 
 
 def full(results: dict[str, Any], picture: str | None = None) -> str:
-    parts = [machine_line(results), "### Goals", goals_table(results)]
-    if picture:
-        parts.insert(1, f"![speed and memory]({picture})")
+    parts = [machine_line(results["machine"], results["cases"].values())]
+    parts += [f"![speed and memory]({picture})"] if picture else []
+    if any(record["goals"] for record in results["cases"].values()):
+        parts += ["#### Goals", goals_table(results)]
     regimes = {regime for record in results["cases"].values() for regime in record["time"]}
     for regime in sorted(regimes, reverse=True):
-        parts += [f"### Memory {regime}" if regime == "kept" else f"### malloc {regime}", times_table(results, regime)]
+        parts += [
+            f"#### Memory {regime}" if regime == "kept" else f"#### malloc {regime}",
+            times_table(results, regime),
+        ]
     if results.get("encoder"):
         parts.append(
             f"Share of a step: beside {results['encoder']['name']}, "
             f"{duration(results['encoder']['seconds_per_image'])} an image."
         )
+    parts += [floors(results)] if floors(results) else []
     sources = {f"{n}: {s}" for record in results["cases"].values() for n, s in record["sources"].items() if n != OURS}
     parts.append("Contenders: " + "; ".join(sorted(sources)) + ".")
     return "\n\n".join(parts)

@@ -17,6 +17,7 @@ from benchmarks import machine, memory
 from benchmarks.case import Case
 from benchmarks.cases import FAMILIES
 from benchmarks.report import progress
+from benchmarks.worker import compiled
 
 # glibc's malloc gives large blocks back to the kernel, which then has to fault them in again at every step. "kept"
 # never gives back, which is what a caching allocator does.
@@ -61,9 +62,8 @@ def launch(job: dict[str, Any], environment: dict[str, str]) -> Any:
 
 def measure(case: Case, options: Options, provenance: dict[str, Any], say: Say = print) -> dict[str, Any]:
     """The record of one case. A contender that is wrong or missing is named, and is not timed."""
-    names = [c.name for c in case.contenders]
-    if options.compile:
-        names += [f"{name}+compile" for name in names if name != "sslkernels"]
+    declared = compiled(case) if options.compile else case
+    names = [c.name for c in declared.contenders]
     job = {"case": case.name, "shape": case.shape, "threads": options.threads, "compile": options.compile}
     checked = launch({**job, "job": "check", "names": names}, {})
     for name, result in checked.items():
@@ -73,9 +73,10 @@ def measure(case: Case, options: Options, provenance: dict[str, Any], say: Say =
     record = {
         "op": case.op,
         "shape": case.shape,
-        "images": round(case.shape["N"] * case.images_per_row),
+        "variant": case.variant,
+        "images": round(case.shape.get("N", 0) * case.images_per_row),
         "eager": list(case.eager),
-        "gemms": case.gemms,
+        "floor": {case.floor.name: case.floor.describe(case.shape)} if case.floor else {},
         "sources": {c.name: c.source for c in case.contenders},
         "goals": [asdict(goal) for goal in case.goals],
         "check": checked,
@@ -84,9 +85,9 @@ def measure(case: Case, options: Options, provenance: dict[str, Any], say: Say =
         "provenance": {**provenance, "rounds": options.rounds},
     }
     for regime in options.regimes:
-        timing = {**job, "job": "time", "names": [*sound, "gemm"], "rounds": options.rounds}
+        timing = {**job, "job": "time", "names": [*sound, *case.floors()], "rounds": options.rounds}
         record["time"][regime] = launch({**timing, "shortest": options.shortest}, REGIMES[regime])
-    if options.memory:
+    if options.memory and case.memory:
         for name in sound:
             record["memory"][name] = launch({**job, "job": "memory", "name": name}, memory.ENVIRONMENT)
     return record
@@ -121,8 +122,9 @@ def dump(results: dict[str, Any]) -> str:
 def run(family: str, cases: list[Case], options: Options, arguments: list[str], path: Path, say: Say = print) -> None:
     """Measure `cases`, writing the file after each one."""
     results = load(path, family)
-    job = {"job": "encoder", "threads": options.threads, "rounds": options.rounds}
-    results["encoder"] = launch(job, REGIMES["kept"])
+    if any(case.images_per_row for case in cases):
+        job = {"job": "encoder", "threads": options.threads, "rounds": options.rounds}
+        results["encoder"] = launch(job, REGIMES["kept"])
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.name}")

@@ -17,36 +17,56 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.case import Case, GemmStep, LossStep, leaves
+from benchmarks.case import COTANGENT, Case, ContenderStep, Step, leaves, tensors
 from benchmarks.cases import find
+from benchmarks.stats import OURS
 
-Step = LossStep | GemmStep
 LIMIT = 1e-5  # relative error of float32 against float64, by norm for gradients: the library's numeric contract
 
 
 def check(case: Case, names: list[str]) -> dict[str, Any]:
-    """Each contender's error in value and gradients against the formula in float64: the gate to being timed."""
-    exact = case.make_inputs(torch.float64)
-    value = case.formula(**exact)
-    gradients = torch.autograd.grad(value, tuple(leaves(exact).values()))
-    value = value.detach()
+    """The gate to being timed: what each contender computes, judged by the case's formula or by what must hold."""
+    expected = exact(case) if case.formula else None
     report = {}
     for name in names:
         try:
-            step = case.step(name, case.make_inputs())
-            loss = step.forward()
-            got = step.backward(loss)
+            report[name] = compare(case, name, *expected) if expected else examine(case, name)
         except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             report[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-            continue
-        value_error = relative_error(loss.detach(), value)
-        gradient_error = max(relative_error(g, e) for g, e in zip(got, gradients, strict=True))
-        # Written so that a NaN fails.
-        ok = value_error <= LIMIT and gradient_error <= LIMIT
-        report[name] = {"ok": ok, "value_error": value_error, "gradient_error": gradient_error}
-        if not ok:
-            report[name]["error"] = f"value error {value_error:.1e}, gradient error {gradient_error:.1e}"
     return report
+
+
+def exact(case: Case) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The formula's result and gradients in float64."""
+    inputs = case.make_inputs(torch.float64)
+    cotangent = inputs.pop(COTANGENT, None)
+    value = case.formula(**inputs)
+    wanted = tuple(leaves(inputs).values())
+    gradients = torch.autograd.grad(value, wanted, cotangent) if wanted else ()
+    return [x.detach() for x in tensors(value)], gradients
+
+
+def compare(case: Case, name: str, values: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    contender = case.contender(name)
+    step = ContenderStep(contender, case.make_inputs(), case.changes, attached=True)
+    output = step.forward()
+    got = step.backward(output)
+    found = [x.detach() for x in tensors(contender.result(output))]
+    value_error = max(relative_error(f, e) for f, e in zip(found, values, strict=True))
+    gradient_error = max((relative_error(g, e) for g, e in zip(got, gradients, strict=True)), default=0.0)
+    # Written so that a NaN fails.
+    ok = value_error <= LIMIT and gradient_error <= LIMIT
+    report: dict[str, Any] = {"ok": ok, "value_error": value_error, "gradient_error": gradient_error}
+    if not ok:
+        report["error"] = f"value error {value_error:.1e}, gradient error {gradient_error:.1e}"
+    return report
+
+
+def examine(case: Case, name: str) -> dict[str, Any]:
+    contender, inputs = case.contender(name), case.make_inputs()
+    step = ContenderStep(contender, inputs, case.changes)
+    wrong = case.holds(contender.result(step.forward()), **inputs)
+    return {"ok": False, "error": wrong} if wrong else {"ok": True}
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -80,6 +100,7 @@ def interleave(steps: dict[str, Step], rounds: int, shortest: float) -> dict[str
     for turn in range(rounds):
         first = turn % len(names)  # whoever comes first follows another contender each time
         for name in names[first:] + names[:first]:
+            steps[name].restore()
             forward, backward = timed(steps[name], repeats[name])
             samples[name]["forward"].append(forward)
             samples[name]["backward"].append(backward)
@@ -87,10 +108,11 @@ def interleave(steps: dict[str, Step], rounds: int, shortest: float) -> dict[str
 
 
 def peak(case: Case, name: str) -> float:
-    """A tiny step of the same kind and the bare GEMMs first: code, threads and the packing buffers that BLAS keeps
-    for good (7 MiB with MKL) are there already, as they are in training."""
+    """A tiny step of the same kind and the floor first: code, threads and the packing buffers that BLAS keeps for
+    good (7 MiB with MKL) are there already, as they are in training."""
     inputs = case.make_inputs()
-    for warm in (case.step(name, case.tiny().make_inputs()), case.step("gemm", inputs)):
+    tiny = case.tiny()
+    for warm in (tiny.step(name, tiny.make_inputs()), *(case.step(floor, inputs) for floor in case.floors())):
         warm.backward(warm.forward())
     del warm
     step = case.step(name, inputs)
@@ -99,11 +121,9 @@ def peak(case: Case, name: str) -> float:
 
 def compiled(case: Case) -> Case:
     """The case with a `torch.compile` of every contender but ours beside the contender itself."""
-    more = tuple(
-        replace(c, name=f"{c.name}+compile", call=torch.compile(c.call, dynamic=False), source=f"compiled: {c.source}")
-        for c in case.contenders
-        if c.name != "sslkernels"
-    )  # fmt: skip
+    plain = [c for c in case.contenders if c.name != OURS and not c.compile]
+    have = {c.name for c in case.contenders}
+    more = tuple(c.compiled() for c in plain if c.compiled().name not in have)
     return replace(case, contenders=case.contenders + more)
 
 

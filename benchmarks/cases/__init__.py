@@ -2,9 +2,35 @@
 """The declared cases, by family."""
 
 from benchmarks.case import Case
-from benchmarks.cases import contrastive
+from benchmarks.cases import contrastive, ema, masks, patches, regression
 
-FAMILIES: dict[str, tuple[Case, ...]] = {"contrastive": contrastive.CASES}
+FAMILIES: dict[str, tuple[Case, ...]] = {
+    "contrastive": contrastive.CASES,
+    "patches": patches.CASES,
+    "masks": masks.CASES,
+    "regression": regression.CASES,
+    "ema": ema.CASES,
+}
+
+# The README shows these; docs/benchmarks.md shows all.
+README = (
+    "nt_xent-256-128",
+    "nt_xent-2048-128",
+    "nt_xent-4096-128",
+    "clip-4096-128",
+    "siglip-4096-512",
+    "moco-256-65536-128",
+    "supcon-4096-128-100",
+    "embed_patches",
+    "masked_patch_loss",
+    "restore_tokens",
+    "block_mask-16",
+    "multiblock_mask",
+    "span_mask",
+    "masked_regression",
+    "ema_update-float32",
+    "ema_update-bfloat16",
+)
 
 
 def find(name: str) -> Case:

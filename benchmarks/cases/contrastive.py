@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Goal, Inputs
+from benchmarks.case import Case, Goal, Inputs, faster, memory, within
 from benchmarks.contenders import contrastive as contenders
+from benchmarks.floors import Gemms
 from benchmarks.formulas import contrastive as formulas
 
 
@@ -65,59 +66,51 @@ def pair(first: str, second: str):
 
 def nt_xent(N: int, D: int, *goals: Goal) -> Case:
     return Case(
-        f"nt_xent-{N}-{D}", "nt_xent", {"N": N, "D": D}, nt_xent_inputs, formulas.nt_xent, contenders.NT_XENT,
-        eager=("lightly", "solo-learn"), operands=stacked, gemms=3, images_per_row=2, goals=goals,
+        f"nt_xent-{N}-{D}", "nt_xent", {"N": N, "D": D}, nt_xent_inputs, contenders.NT_XENT,
+        eager=("lightly", "solo-learn"), formula=formulas.nt_xent, floor=Gemms(stacked, 3), images_per_row=2,
+        goals=goals,
     )  # fmt: skip
 
 
 def info_nce(N: int, D: int, *goals: Goal) -> Case:
     return Case(
-        f"info_nce-{N}-{D}", "info_nce", {"N": N, "D": D}, info_nce_inputs, formulas.info_nce, contenders.INFO_NCE,
-        eager=("info-nce",), operands=pair("query", "key"), gemms=3, images_per_row=2, goals=goals,
+        f"info_nce-{N}-{D}", "info_nce", {"N": N, "D": D}, info_nce_inputs, contenders.INFO_NCE,
+        eager=("info-nce",), formula=formulas.info_nce, floor=Gemms(pair("query", "key"), 3), images_per_row=2,
+        goals=goals,
     )  # fmt: skip
 
 
 def clip(N: int, D: int, *goals: Goal) -> Case:
     return Case(
-        f"clip-{N}-{D}", "clip_loss", {"N": N, "D": D}, clip_inputs, formulas.clip, contenders.CLIP,
-        eager=("open_clip",), operands=pair("image", "text"), gemms=3, images_per_row=2, goals=goals,
+        f"clip-{N}-{D}", "clip_loss", {"N": N, "D": D}, clip_inputs, contenders.CLIP,
+        eager=("open_clip",), formula=formulas.clip, floor=Gemms(pair("image", "text"), 3), images_per_row=2,
+        goals=goals,
     )  # fmt: skip
 
 
 def siglip(N: int, D: int, *goals: Goal) -> Case:
     return Case(
-        f"siglip-{N}-{D}", "siglip_loss", {"N": N, "D": D}, siglip_inputs, formulas.siglip, contenders.SIGLIP,
-        eager=("open_clip", "open_clip-chunked"), operands=pair("image", "text"), gemms=3, images_per_row=2,
-        goals=goals,
+        f"siglip-{N}-{D}", "siglip_loss", {"N": N, "D": D}, siglip_inputs, contenders.SIGLIP,
+        eager=("open_clip", "open_clip-chunked"), formula=formulas.siglip, floor=Gemms(pair("image", "text"), 3),
+        images_per_row=2, goals=goals,
     )  # fmt: skip
 
 
 def moco(N: int, K: int, D: int, *goals: Goal) -> Case:
     # The key encoder runs forward only, a third of a training pass.
     return Case(
-        f"moco-{N}-{K}-{D}", "info_nce", {"N": N, "K": K, "D": D}, moco_inputs, formulas.moco, contenders.MOCO,
-        eager=("moco", "info-nce"), operands=pair("query", "queue"), gemms=2, images_per_row=4 / 3, goals=goals,
+        f"moco-{N}-{K}-{D}", "info_nce", {"N": N, "K": K, "D": D}, moco_inputs, contenders.MOCO,
+        eager=("moco", "info-nce"), formula=formulas.moco, floor=Gemms(pair("query", "queue"), 2),
+        images_per_row=4 / 3, goals=goals,
     )  # fmt: skip
 
 
 def supcon(N: int, D: int, classes: int, *goals: Goal) -> Case:
     return Case(
-        f"supcon-{N}-{D}-{classes}", "supcon", {"N": N, "D": D, "classes": classes}, supcon_inputs, formulas.supcon,
-        contenders.SUPCON, eager=("pytorch-metric-learning", "SupContrast"), operands=pair("features", "features"),
-        gemms=3, images_per_row=1, goals=goals,
+        f"supcon-{N}-{D}-{classes}", "supcon", {"N": N, "D": D, "classes": classes}, supcon_inputs, contenders.SUPCON,
+        eager=("pytorch-metric-learning", "SupContrast"), formula=formulas.supcon,
+        floor=Gemms(pair("features", "features"), 3), images_per_row=1, goals=goals,
     )  # fmt: skip
-
-
-def faster(against: str, at_least: float) -> Goal:
-    return Goal("time", against, at_least=at_least)
-
-
-def within(against: str, at_most: float) -> Goal:
-    return Goal("time", against, at_most=at_most)
-
-
-def memory(against: str, at_most: float) -> Goal:
-    return Goal("memory", against, at_most=at_most)
 
 
 CASES = (

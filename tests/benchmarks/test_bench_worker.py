@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from benchmarks import runner, worker
-from benchmarks.case import Contender, LossStep
+from benchmarks.case import COTANGENT, Case, Contender
 from benchmarks.cases import FAMILIES, find
+from benchmarks.floors import Copy
 
 CASE = find("nt_xent-256-128").tiny()
 LEAN = CASE.contender("lean")
@@ -44,10 +45,13 @@ def test_the_gate_stops_a_wrong_one(call):
     assert not entry["ok"] and entry["error"]
 
 
-def test_contenders_take_turns():
-    class Step(LossStep):
+def test_contenders_take_turns_and_start_each_sample_anew():
+    class Step:
         def __init__(self, name):
             self.name = name
+
+        def restore(self):
+            restored.append(self.name)
 
         def forward(self):
             calls.append(self.name)
@@ -55,9 +59,10 @@ def test_contenders_take_turns():
         def backward(self, loss):
             pass
 
-    calls = []
+    calls, restored = [], []
     samples = worker.interleave({name: Step(name) for name in "abc"}, rounds=3, shortest=0.0)
     assert "".join(calls[-9:]) == "abcbcacab"  # each is first once
+    assert "".join(restored) == "abcbcacab"
     assert all(len(sample["forward"]) == len(sample["backward"]) == 3 for sample in samples.values())
 
 
@@ -66,21 +71,122 @@ def test_short_steps_are_repeated():
     assert all(0 < f + b < 0.01 for f, b in zip(repeated["lean"]["forward"], repeated["lean"]["backward"], strict=True))
 
 
+def same(a, b, dtype=None):
+    if isinstance(a, list):
+        return all(same(*pair, dtype) for pair in zip(a, b, strict=True))
+    if not isinstance(a, torch.Tensor):
+        return a == b
+    floating = dtype and a.is_floating_point()
+    return torch.equal(a.to(dtype) if floating else a, b) and a.requires_grad == b.requires_grad
+
+
 @pytest.mark.parametrize("name", [case.name for cases in FAMILIES.values() for case in cases])
 def test_inputs_are_the_same_every_time_and_in_both_precisions(name):
     case = find(name).tiny()
     first, again, double = case.make_inputs(), case.make_inputs(), case.make_inputs(torch.float64)
     for key, value in first.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, again[key]) and torch.equal(value.to(double[key].dtype), double[key])
-            assert value.requires_grad == double[key].requires_grad
-        else:
-            assert value == again[key] == double[key]
+        assert same(value, again[key]) and same(value, double[key], torch.float64), key
+
+
+def double(x, weight, ids):
+    return x[:, ids] * weight
+
+
+def columns_first(inputs):
+    return {**inputs, "x": inputs["x"].t()}
+
+
+def vector_case(*contenders):
+    """Its result is no scalar, and one contender keeps its input transposed."""
+
+    def inputs(generator, N, D):
+        x = torch.randn(N, D, generator=generator).requires_grad_()
+        weight = torch.randn(2, generator=generator).requires_grad_()
+        cotangent = torch.randn(N, 2, generator=generator)
+        return {"x": x, "weight": weight, "ids": torch.tensor([2, 0]), COTANGENT: cotangent}
+
+    return Case("vector", "vector", {"N": 5, "D": 3}, inputs, contenders, eager=(), formula=double)
+
+
+def test_a_result_that_is_no_scalar_is_weighed_by_the_cotangent():
+    transposed = Contender("transposed", lambda x, weight, ids: x[ids].t() * weight, "", prepare=columns_first)
+    case = vector_case(Contender("plain", double, ""), transposed)
+    assert all(entry["ok"] for entry in worker.check(case, ["plain", "transposed"]).values())
+    inputs = case.make_inputs()
+    dx, dweight = case.step("plain", inputs).backward(case.step("plain", inputs).call(**{
+        k: v for k, v in inputs.items() if k != COTANGENT
+    }))  # fmt: skip
+    torch.testing.assert_close(dx[:, 2], inputs[COTANGENT][:, 0] * inputs["weight"][0])
+    torch.testing.assert_close(dweight, (inputs[COTANGENT] * inputs["x"][:, [2, 0]]).sum(0))
+    # What is timed has the contender's layout: its leaf is the transposed one.
+    timed = case.step("transposed", inputs)
+    assert timed.backward(timed.forward())[0].shape == (3, 5)
+
+
+def test_a_gradient_that_only_the_cotangent_shows_is_stopped():
+    # The sum of x[:, ids] is right, its rows are not.
+    wrong = Contender("wrong", lambda x, weight, ids: double(x, weight, ids).mean(1, keepdim=True).expand(-1, 2), "")
+    assert not worker.check(vector_case(wrong), ["wrong"])["wrong"]["ok"]
+
+
+def in_place_case(**contenders):
+    def inputs(generator, N):
+        return {"targets": [torch.randn(N, generator=generator)], "step": 2.0}
+
+    return Case(
+        "add", "add_", {"N": 4}, inputs, tuple(Contender(name, call, "") for name, call in contenders.items()),
+        eager=(), formula=lambda targets, step: [targets[0] + step], changes=("targets",),
+    )  # fmt: skip
+
+
+def test_a_step_in_place_has_its_own_state_which_each_sample_finds_anew():
+    case = in_place_case(add=lambda targets, step: [targets[0].add_(step)], twice=lambda targets, step: [
+        targets[0].add_(step).add_(step)
+    ])  # fmt: skip
+    result = worker.check(case, ["add", "twice"])
+    assert result["add"]["ok"] and not result["twice"]["ok"]
+    inputs = case.make_inputs()
+    start = inputs["targets"][0].clone()
+    step = case.step("add", inputs)
+    for _ in range(3):
+        step.restore()
+        step.forward()
+        (after,) = step.forward()
+        assert step.backward([after]) == () and torch.equal(after, start + 2.0 + 2.0)
+    assert torch.equal(inputs["targets"][0], start)  # the next contender starts from there
+
+
+def test_a_random_result_is_judged_by_what_must_hold():
+    def holds(result, N):
+        return None if result.numel() == N else f"{result.numel()} ids"
+
+    case = Case(
+        "draw", "draw", {"N": 4}, lambda generator, N: {"N": N},
+        (
+            Contender("right", lambda N: (torch.randperm(N), "rest"), "", result=lambda output: output[0]),
+            Contender("short", lambda N: torch.randperm(N - 1), ""),
+            Contender("raises", lambda N: torch.randperm(-N), ""),
+        ),
+        eager=(), holds=holds,
+    )  # fmt: skip
+    report = worker.check(case, ["right", "short", "raises"])
+    assert report["right"] == {"ok": True} and report["short"] == {"ok": False, "error": "3 ids"}
+    assert report["raises"]["error"].startswith("RuntimeError")
+    step = case.step("right", case.make_inputs())
+    assert step.backward(step.forward()) == ()
+
+
+def test_copy_floor_moves_as_many_bytes_as_its_case_counts():
+    floor = Copy(lambda B, D: {"read x": 4 * B * D, "write y": 12 * B * D})
+    step = floor.step({}, {"B": 2, "D": 8})
+    copied = step.forward()
+    assert step.source.nbytes + copied.nbytes == 16 * 2 * 8 and torch.equal(copied, step.source)
+    assert copied.data_ptr() != step.source.data_ptr()
 
 
 def test_gemm_floor_does_the_products():
     inputs = find("info_nce-4096-128").tiny().make_inputs()
-    step = find("info_nce-4096-128").step("gemm", inputs)
+    step = find("info_nce-4096-128").tiny().step("gemm", inputs)
     step.backward(step.forward())
     q, k = inputs["query"].detach(), inputs["key"].detach()
     torch.testing.assert_close(step.logits, q @ k.T)

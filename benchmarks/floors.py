@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The floors: what a step can't do without, and nothing else, into memory that is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Inputs
+
+
+@dataclass(frozen=True)
+class Gemms:
+    """The bare matrix products that an eager step needs, forward and backward."""
+
+    operands: Callable[[Inputs], tuple[Tensor, Tensor]]
+    count: int  # 2 (only rows have a gradient) or 3
+    name = "gemm"
+
+    def step(self, inputs: Inputs, shape: dict[str, int]) -> GemmStep:
+        return GemmStep(*self.operands(inputs), self.count)
+
+    def describe(self, shape: dict[str, int]) -> dict[str, int]:
+        return {"products": self.count}
+
+
+class GemmStep:
+    def __init__(self, q: Tensor, k: Tensor, count: int):
+        self.q, self.k, self.count = q, k, count
+        self.logits = q.new_zeros(q.shape[0], k.shape[0])
+        self.dq, self.dk = torch.zeros_like(q), torch.zeros_like(k)
+
+    def restore(self) -> None:
+        pass
+
+    def forward(self) -> Tensor:
+        return torch.mm(self.q, self.k.t(), out=self.logits)
+
+    def backward(self, logits: Tensor) -> None:
+        torch.mm(logits, self.k, out=self.dq)
+        if self.count == 3:
+            torch.mm(logits.t(), self.q, out=self.dk)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A plain copy that reads and writes, together, as many bytes as the op has to read and write.
+
+    `parts(**shape)` names what must be moved, in bytes: each input once, each result once.
+    """
+
+    parts: Callable[..., dict[str, int]]
+    name = "copy"
+
+    def step(self, inputs: Inputs, shape: dict[str, int]) -> CopyStep:
+        return CopyStep(sum(self.parts(**shape).values()))
+
+    def describe(self, shape: dict[str, int]) -> dict[str, int]:
+        return self.parts(**shape)
+
+
+class CopyStep:
+    def __init__(self, count: int):
+        # Half of the bytes are read, half are written. Ones: pages of zeros would all be the same one.
+        self.source = torch.ones(count // 8)
+        self.target = torch.zeros_like(self.source)
+
+    def restore(self) -> None:
+        pass
+
+    def forward(self) -> Tensor:
+        return self.target.copy_(self.source)
+
+    def backward(self, output: Tensor) -> None:
+        pass
