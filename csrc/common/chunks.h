@@ -25,7 +25,7 @@ struct Launch {
   int64_t blocks;
 };
 
-// As few launches as hold at most `capacity` tensors and kMaxBlocks blocks each. Every numel is positive.
+// As few launches as hold at most `capacity` tensors and kMaxBlocks blocks each. An empty tensor has no block.
 inline std::vector<Launch> plan_launches(const std::vector<int64_t>& numels, size_t capacity) {
   std::vector<Launch> launches;
   for (size_t i = 0; i < numels.size(); ++i) {
@@ -44,7 +44,8 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& numels, siz
   return launches;
 }
 
-// The tensor that `block` works on: the last i < count with first_block[i] <= block (first_block ascends from 0).
+// The tensor that `block` works on: the last i < count with first_block[i] <= block (first_block ascends from 0; an
+// empty tensor starts where the next one does).
 SSLKERNELS_HOST_DEVICE inline int find_tensor(const uint32_t* first_block, int count, uint32_t block) {
   int low = 0, high = count;
   while (high - low > 1) {

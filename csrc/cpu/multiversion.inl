@@ -6,11 +6,14 @@
 //   ... SSLKERNELS_AT_LEVEL(sum_row(x, n)) ...            calls the one that fits this processor
 //
 // The includer is outside any namespace, and has included what the leaves need: no header may be seen first in here.
+// For intrinsics a leaf asks SSLKERNELS_LEVEL (as in levels.h): in C++, GCC before 13 does not define __AVX2__ and its
+// like under `pragma target`.
 #include "cpu/levels.h"
 
 namespace sslkernels {
 namespace {  // each family has its own leaves
 
+#define SSLKERNELS_LEVEL 0
 namespace baseline {
 #include "cpu/leaf.inl"
 #include SSLKERNELS_LEAVES
@@ -19,6 +22,8 @@ namespace baseline {
 #ifdef SSLKERNELS_MULTIVERSION
 #undef LEAF
 #undef INLINE
+#undef SSLKERNELS_LEVEL
+#define SSLKERNELS_LEVEL 1
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
@@ -29,6 +34,8 @@ namespace v3 {
 
 #undef LEAF
 #undef INLINE
+#undef SSLKERNELS_LEVEL
+#define SSLKERNELS_LEVEL 2
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace v4 {
@@ -43,6 +50,7 @@ namespace v4 = baseline;
 
 #undef LEAF
 #undef INLINE
+#undef SSLKERNELS_LEVEL
 
 }  // namespace
 }  // namespace sslkernels

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sslkernels import _checks as check
 from sslkernels._random import seed_tensor
-from sslkernels.ops._registry import LIBRARY, define
+from sslkernels.ops._registry import define
 from sslkernels.reference import ema as reference
 
 __all__ = ["ema_update_", "enqueue_"]
@@ -98,6 +98,8 @@ def _check_momentum(momentum: Any, device: torch.device) -> None:
             )
         if momentum.device != device:
             raise ValueError(f"momentum must be on the device of targets[0] ({device}), got {momentum.device}")
+        if check.readable(momentum):
+            reference.check_momentum(momentum.item())
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"momentum must be a number or a tensor, got {type(momentum).__name__}")
     else:
@@ -143,27 +145,6 @@ _enqueue_ = define(
     fake=None,
     everywhere=True,
 )
-
-
-@torch.no_grad()
-def _cpu(
-    targets: list[Tensor],
-    sources: list[Tensor],
-    momentum_tensor: Tensor | None,
-    momentum: float,
-    seed: Tensor | None,
-) -> None:
-    """torch's own list kernel is at the bandwidth floor for one dtype; the reference does the rest."""
-    if momentum_tensor is not None:
-        momentum = momentum_tensor.item()
-    reference.check_momentum(momentum)
-    if {x.dtype for x in (*targets, *sources)} in ({torch.float32}, {torch.float64}):
-        torch._foreach_lerp_(targets, sources, 1 - momentum)
-    else:
-        reference.ema_update_(targets, sources, momentum, seed)
-
-
-LIBRARY.impl("ema_update_", _cpu, "CPU")
 
 
 def _is_real(x: Tensor) -> bool:
