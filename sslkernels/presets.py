@@ -7,13 +7,14 @@ All figures are for two CPU cores and seconds to minutes of training; the papers
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from sslkernels import data, methods
 from sslkernels.methods._method import Method
-from sslkernels.nn import ResidualCNN
+from sslkernels.methods.data2vec import ConvolutionalDecoder
+from sslkernels.nn import Predictor, ResidualCNN, VisionTransformer
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -22,7 +23,7 @@ class Preset(NamedTuple):
     """`make(total_steps)` builds the method; momentum schedules end with the training.
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "captions" one view and a
-    caption, "images" and "clips" one view.
+    caption, "images" and "clips" one view. `standardize`: give the network items of mean 0 and deviation 1.
     """
 
     make: Callable[[int], Method]
@@ -31,6 +32,7 @@ class Preset(NamedTuple):
     lr: float = 2e-3
     batch_size: int = 128
     weight_decay: float = 0.01
+    standardize: bool = False
 
 
 def _cnn() -> ResidualCNN:
@@ -39,6 +41,13 @@ def _cnn() -> ResidualCNN:
 
 def _text_encoder() -> nn.Module:
     return nn.EmbeddingBag(len(data.CAPTION_VOCABULARY), 32, padding_idx=0)
+
+
+def _vit(**options: Any) -> VisionTransformer:
+    return VisionTransformer(embed_dim=64, depth=3, **options)
+
+
+_PHOTOGRAPHS: dict[str, Any] = {"data": "photographs", "batch": "images", "standardize": True}
 
 
 PRESETS: dict[str, Preset] = {
@@ -50,4 +59,23 @@ PRESETS: dict[str, Preset] = {
         lambda steps: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps), lr=4e-3
     ),
     "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
+    "ijepa": Preset(
+        lambda steps: methods.IJEPA(
+            _vit(class_token=False), Predictor(64, embed_dim=32, depth=2), momentum=0.97, total_steps=steps
+        ),
+        **_PHOTOGRAPHS,
+        batch_size=32,
+    ),
+    "data2vec": Preset(
+        lambda steps: methods.Data2Vec(
+            _vit(),
+            ConvolutionalDecoder(64, depth=2),
+            masks=2,
+            momentum=0.999,
+            final_momentum=0.9999,
+            anneal_steps=steps,
+        ),
+        **_PHOTOGRAPHS,
+        batch_size=32,
+    ),
 }

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels import data
-from sslkernels.evaluation import extract_features, knn_accuracy
+from sslkernels import data, video
+from sslkernels.evaluation import extract_features, knn_accuracy, linear_probe
 from sslkernels.presets import PRESETS
 
 __all__ = ["Training", "dataset", "steps_in"]
@@ -23,8 +23,8 @@ NEIGHBORS = 5
 
 @functools.cache
 def dataset(name: str) -> Any:
-    """The data set of this name: (train images, train labels, test images, test labels, classes)."""
-    return getattr(data, name)()
+    """The data set of this name: (train items, train labels, test items, test labels, classes)."""
+    return video.clips() if name == "clips" else getattr(data, name)()
 
 
 class Training:
@@ -42,18 +42,27 @@ class Training:
         self.optimizer = torch.optim.AdamW(weights, lr=self.preset.lr, weight_decay=self.preset.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self.data = dataset(self.preset.data)
+        items = self.data[0]
+        axes = [0, *range(2, items.ndim)]  # all but the channels
+        self.mean, self.std = items.mean(axes, keepdim=True), items.std(axes, keepdim=True)
 
     def batch(self, size: int | None = None) -> Any:
         """What the method takes, from `size` training items drawn without replacement."""
-        images, labels = self.data[:2]
-        chosen = torch.randperm(len(images), generator=self.generator)[: size or self.preset.batch_size]
+        items, labels = self.data[:2]
+        chosen = torch.randperm(len(items), generator=self.generator)[: size or self.preset.batch_size]
+        if self.preset.batch == "clips":
+            return self.standardize(items[chosen])
         options = VIEWS[self.preset.data]
         if self.preset.batch == "views":
-            return data.two_views(images[chosen], generator=self.generator, **options)
-        view = data.augment(images[chosen], generator=self.generator, **options)
+            return data.two_views(items[chosen], generator=self.generator, **options)
+        view = data.augment(items[chosen], generator=self.generator, **options)
         if self.preset.batch == "captions":
             return view, data.digit_captions(labels[chosen], generator=self.generator)
-        return view
+        return self.standardize(view)
+
+    def standardize(self, items: Tensor) -> Tensor:
+        """Transformers alone take standardised items: beside fixed positions, values in [0, 1] are hardly seen."""
+        return (items - self.mean) / self.std if self.preset.standardize else items
 
     def learning_rate(self) -> float:
         rising = (self.step + 1) / (WARMUP * self.steps + 1)
@@ -83,12 +92,18 @@ class Training:
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Of the training and of the held-out items."""
-        return extract_features(self.method, self.data[0]), extract_features(self.method, self.data[2])
+        train, test = (self.standardize(self.data[part]) for part in (0, 2))
+        return extract_features(self.method, train), extract_features(self.method, test)
 
-    def knn(self) -> float:
-        """Share of held-out items whose nearest training items name their class."""
+    def accuracy(self) -> dict[str, float]:
+        """Shares of the held-out items that are named rightly by their nearest training items, "knn", and by a linear
+        classifier, "probe"."""
         train, test = self.features()
-        return knn_accuracy(train, self.data[1], test, self.data[3], k=NEIGHBORS)
+        labels = self.data[1], self.data[3]
+        return {
+            "knn": knn_accuracy(train, labels[0], test, labels[1], k=NEIGHBORS),
+            "probe": linear_probe(train, labels[0], test, labels[1]),
+        }
 
     def state(self) -> dict[str, Any]:
         return {

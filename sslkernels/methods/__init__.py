@@ -3,9 +3,11 @@
 
 from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
+from sslkernels.methods.data2vec import Data2Vec
+from sslkernels.methods.ijepa import IJEPA
 from sslkernels.methods.moco import MoCo
 from sslkernels.methods.siglip import SigLIP
 from sslkernels.methods.simclr import SimCLR
 from sslkernels.methods.simsiam import SimSiam
 
-__all__ = ["BYOL", "CLIP", "MoCo", "SigLIP", "SimCLR", "SimSiam"]
+__all__ = ["BYOL", "CLIP", "IJEPA", "Data2Vec", "MoCo", "SigLIP", "SimCLR", "SimSiam"]
