@@ -86,6 +86,9 @@ class Ids {
 template <typename T>
 class Pixels {
  public:
+  // values that are what they will be
+  Pixels() : dtype_(std::is_same_v<T, double> ? Dtype::kDouble : Dtype::kFloat) {}
+
   // `mean_std` is (2, C)
   Pixels(const Grid& grid, const Optional& mean_std) : dtype_(grid.dtype) {
     if (!mean_std)
