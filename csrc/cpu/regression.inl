@@ -60,22 +60,54 @@ INLINE T length(const T* x, i64 n) {
   return static_cast<T>(std::sqrt(wide));
 }
 
-// 1 - <u, v> or |u - v|^2 of the unit rows u and v. Both come from the difference, which does not cancel as v nears u.
+// q = p, or p scaled to unit length where squares would leave the range; e = q - ratio t; sums of e^2 and of e q
+template <bool scaled, typename T>
+INLINE void differences(const T* p, const T* t, i64 n, T scale, T ratio, T* square, T* along) {
+  T s = 0, k = 0;
+#pragma omp simd reduction(+ : s, k)
+  for (i64 j = 0; j < n; ++j) {
+    const T q = scaled ? p[j] * scale : p[j], e = q - t[j] * ratio;
+    s += e * e;
+    k += e * q;
+  }
+  *square = s;
+  *along = k;
+}
+
+template <bool scaled, typename T>
+INLINE void slopes(const T* p, const T* t, i64 n, T scale, T ratio, T share, T factor, T* grad) {
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) {
+    const T q = scaled ? p[j] * scale : p[j];
+    grad[j] = factor * ((q - t[j] * ratio) - share * q);
+  }
+}
+
+// 1 - <u, v> or |u - v|^2 of the unit rows u and v, from their difference, which does not cancel as v nears u. The
+// difference is that of p and t stretched to p's length: with an FMA it is rounded once, and an error of the lengths
+// has nearly the direction of p, which the gradient has not.
 template <typename T>
 INLINE T directions(const T* p, const T* t, i64 n, T eps, bool cosine, T weight, T* grad) {
   const T length_p = length(p, n), length_t = length(t, n);
-  const T a = 1 / (length_p < eps ? eps : length_p), b = 1 / (length_t < eps ? eps : length_t);
-  const T distance = sum_over<T>(n, [=](i64 j) { return (p[j] * a - t[j] * b) * (p[j] * a - t[j] * b); });
   const bool constant = length_p < eps;  // below eps the divisor is one
-  const T short_p = constant ? 1 - (length_p * a) * (length_p * a) : T(0);
-  const T short_t = length_t < eps ? 1 - (length_t * b) * (length_t * b) : T(0);
-  const T angle = T(0.5) * (distance + short_p + short_t);  // 1 - <u, v>
+  const T own = constant ? eps : length_p, other = length_t < eps ? eps : length_t;
+  const bool sane = own > T(1e-15) && own < T(1e15) && other > T(1e-15) && other < T(1e15);
+  const T scale = sane ? T(1) : 1 / own, ratio = sane ? own / other : 1 / other, unit = sane ? 1 / own : T(1);
+  T square, along;
+  if (sane)
+    differences<false>(p, t, n, scale, ratio, &square, &along);
+  else
+    differences<true>(p, t, n, scale, ratio, &square, &along);
+  const T distance = square * unit * unit, u = length_p / own, v = length_t / other;
+  const T angle = T(0.5) * (distance + (constant ? 1 - u * u : T(0)) + (length_t < eps ? 1 - v * v : T(0)));
   if (grad) {
-    // d/dp = (u - v - angle u) / |p|; where the divisor is constant -v / eps, or (u - v) / eps
-    const T along = (constant ? (cosine ? T(1) : T(0)) : angle) * a;
-    const T factor = (cosine ? 1 : 2) * a * weight;
-#pragma omp simd
-    for (i64 j = 0; j < n; ++j) grad[j] = factor * ((p[j] * a - t[j] * b) - along * p[j]);
+    // d/dp = (u - v - (1 - <u, v>) u) / |p|; where the divisor is constant -v / eps, or (u - v) / eps
+    const T share = constant ? (cosine ? T(1) : T(0)) : along * unit * unit;
+    const T factor = (cosine ? 1 : 2) * weight * unit / own;
+    if (sane)
+      slopes<false>(p, t, n, scale, ratio, share, factor, grad);
+    else
+      slopes<true>(p, t, n, scale, ratio, share, factor, grad);
   }
   return cosine ? angle : distance;
 }

@@ -77,6 +77,8 @@ def masked_regression(
     check.choice("loss", loss, LOSSES)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
     check.in_range("beta", beta, 0.0, float("inf"))
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got Tensor")
     check.number("scale", scale, pred)
     if eps is None:
         eps = default_eps(loss)
@@ -84,6 +86,7 @@ def masked_regression(
     if normalize_target and loss in ("cosine", "normalized_l2"):
         raise ValueError(f"normalize_target must be False for loss={loss!r}, which normalises to unit length itself")
     _check_rows(pred, target, ids, mask)
+    target = target.detach() if target.requires_grad else target
     options = (loss, float(beta), normalize_target, float(eps))
     index = ids if mask is None else mask
     if reduction == "none":

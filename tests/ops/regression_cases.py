@@ -107,11 +107,12 @@ def check(case: Case, cotangent: Tensor | None = None, **options: Any) -> None:
     if cosine:
         size = size + (1 / case.pred.double().norm(dim=-1)).norm() * abs(options.get("scale", 1.0))
     one = torch.finfo(grad.dtype).eps * exact_grad.norm()
-    error, eager_error = (grad.double() - exact_grad).norm(), (eager_grad.double() - exact_grad).norm()
+    error, eager_error = (grad.double() - exact_grad).norm(), (eager_grad.double() - exact_grad).norm().nan_to_num(0.0)
     assert error <= 2 * eager_error + one + 4 * eps * size, (error, eager_error, size)
 
 
 def assert_close(value: Tensor, exact: Tensor, eager: Tensor, roundings: Tensor) -> None:
-    error, eager_error = (value.double() - exact).abs(), (eager.double() - exact).abs()
+    # eager in float16 may have left its range
+    error, eager_error = (value.double() - exact).abs(), (eager.double() - exact).abs().nan_to_num(0.0, 0.0)
     both_nan = value.isnan() & exact.isnan()
     assert bool((both_nan | (error <= 2 * eager_error + roundings)).all()), (error, eager_error, roundings)
