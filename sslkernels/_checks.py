@@ -70,6 +70,12 @@ def tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} is a DTensor, which has no sharding rule here; pass {name}.to_local()")
 
 
+def floating(name: str, x: Any) -> None:
+    tensor(name, x)
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {x.device}")

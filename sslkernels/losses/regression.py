@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
+def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
     """BYOL's regression of unit vectors; the target is a constant.
 
         loss = mean_n |u_n - v_n|^2 = mean_n (2 - 2 <u_n, v_n>)       u = x rsqrt(max(sum x^2, 1e-12)), v likewise
@@ -27,15 +27,15 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     BYOL's loss is the sum over the two views, byol_loss(p1, z2) + byol_loss(p2, z1), and equals 4 + 4 times SimSiam's.
 
     Args:
-        prediction, target: (N, D), or (..., D).
+        pred, target: (N, D), or (..., D).
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no row.
 
     Source: Grill et al. 2020, `byol_experiment.py::loss_fn`.
     """
-    _refuse_empty("prediction", prediction)
-    return masked_regression(prediction, target, loss="normalized_l2")
+    _refuse_empty("pred", pred)
+    return masked_regression(pred, target, loss="normalized_l2")
 
 
 def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -68,16 +68,16 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
 
 
 def _refuse_empty(name: str, x: Any) -> None:
-    check.tensor(name, x)
+    check.floating(name, x)
     if x.numel() == 0:
         raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
 
 
 class BYOLLoss(nn.Module):
-    """`byol_loss` as a module, called with (prediction, target)."""
+    """`byol_loss` as a module, called with (pred, target)."""
 
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return byol_loss(prediction, target)
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return byol_loss(pred, target)
 
 
 class NegativeCosineSimilarity(nn.Module):

@@ -16,7 +16,6 @@ from sslkernels.reference.regression import default_eps
 __all__ = ["average_layers", "masked_regression"]
 
 LOSSES = ("smooth_l1", "l1", "l2", "cosine", "normalized_l2")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def masked_regression(
@@ -126,7 +125,7 @@ def average_layers(
     if not layers:
         raise ValueError("layers must hold at least one tensor, got none")
     for i, x in enumerate(layers):
-        _check_floating(f"layers[{i}]", x)
+        check.floating(f"layers[{i}]", x)
         check.same_device(f"layers[{i}]", x, "layers[0]", layers[0])
         if x.ndim != 3 or x.shape != layers[0].shape:
             expected = "(B, L, D)" if x.ndim != 3 else f"{tuple(layers[0].shape)} as layers[0]"
@@ -137,15 +136,9 @@ def average_layers(
     return op.average(layers, instance_norm, layer_norm, float(eps))
 
 
-def _check_floating(name: str, x: Any) -> None:
-    check.tensor(name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-
-
 def _check_rows(pred: Any, target: Any, ids: Any, mask: Any) -> None:
-    _check_floating("pred", pred)
-    _check_floating("target", target)
+    check.floating("pred", pred)
+    check.floating("target", target)
     check.same_device("target", target, "pred", pred)
     if pred.ndim == 0 or pred.shape[-1] == 0:
         raise ValueError(f"pred must have shape (..., D) with D > 0, got {tuple(pred.shape)}")
@@ -179,7 +172,4 @@ def _check_ids(pred: Tensor, target: Tensor, ids: Any) -> None:
         )
     if pred.shape[:-1] != ids.shape:
         raise ValueError(f"pred must have shape {(*ids.shape, target.shape[-1])}, as ids, got {tuple(pred.shape)}")
-    if ids.numel() and check.readable(ids):
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= target.shape[1]:
-            raise ValueError(f"ids must be in [0, {target.shape[1]}), got {low if low < 0 else high}")
+    check.ids("ids", ids, target.shape[1])

@@ -45,10 +45,10 @@ def test_negative_cosine_similarity(both: bool, dim: int) -> None:
     """lightly's class: the gradient of both arguments where both require one."""
     x0, x1 = pair(12, 33)
     x1.requires_grad_(both)
-    expected = -F.cosine_similarity(x0, x1, dim=dim, eps=1e-8).mean()
     inputs = (x0, x1) if both else (x0,)
     module = NegativeCosineSimilarity(dim=dim)
     for loss in (module(x0, x1), negative_cosine_similarity(x0, x1, dim)):
+        expected = -F.cosine_similarity(x0, x1, dim=dim, eps=1e-8).mean()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients(loss, *inputs), gradients(expected, *inputs))
     frozen = module(x0.detach(), x1)
@@ -106,13 +106,13 @@ X = torch.randn(3, 4)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: byol_loss(X[:0], X[:0]), ValueError, "prediction must not be an empty batch, got shape (0, 4)"),
+        (lambda: byol_loss(X[:0], X[:0]), ValueError, "pred must not be an empty batch, got shape (0, 4)"),
         (lambda: byol_loss(X, X[:2]), ValueError, "target must have the shape of pred (3, 4)"),
-        (lambda: byol_loss([1.0], X), TypeError, "prediction must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+        (lambda: byol_loss([1.0], X), TypeError, "pred must be a torch.Tensor, got list"),  # type: ignore[arg-type]
         (lambda: negative_cosine_similarity(X, X[:0]), ValueError, "x1 must not be an empty batch"),
         (lambda: negative_cosine_similarity(X, X[:2]), ValueError, "x1 must have the shape of x0 (3, 4), got (2, 4)"),
         (lambda: negative_cosine_similarity(X, X, dim=2), ValueError, "dim must be in [-2, 2), got 2"),
-        (lambda: negative_cosine_similarity(X, X.long()), TypeError, "target must be float32, float64, bfloat16"),
+        (lambda: negative_cosine_similarity(X, X.long()), TypeError, "x1 must be float32, float64, bfloat16"),
         (lambda: NegativeCosineSimilarity(eps=0.0), ValueError, "eps must be positive and finite, got 0.0"),
         (lambda: MaskedRegressionLoss()(X[:0], X[:0]), ValueError, "pred must not be an empty batch"),
         (lambda: MaskedRegressionLoss("huber"), ValueError, "loss must be one of"),
