@@ -80,6 +80,10 @@ def dinov2(result: Tensor, B: int, grid: int, ratio: tuple[float, float], probab
         return f"{len(some)} samples are masked, expected {int(B * probability)}"
     if some.max() > high * grid**2:
         return f"{int(some.max())} tokens are masked, expected at most {high * grid**2}"
+    mask = result.view(B, grid, grid)
+    beside = ((mask[:, :, 1:] & mask[:, :, :-1]).sum() / some.sum()).item()
+    if beside < 0.5:
+        return f"{beside:.2f} masked right neighbours a masked token, expected blocks"
     share = some.double().mean().item() / grid**2
     # It falls short of a target by a few tokens, and of a large one by more.
     middle, error = (low + high) / 2, 6 * (high - low) / len(some) / math.sqrt(12 * len(some))

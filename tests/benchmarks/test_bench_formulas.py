@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What judges a random result must see a wrong one: each restated original passes, and a change of it does not."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.cases import find
+from benchmarks.formulas import ema
+
+
+def swapped(ids):
+    """The two parts exchange their last token, so that both keep their count."""
+    first, second = (part.clone() for part in ids)
+    second[..., -1] = first[..., -1]
+    return first, second
+
+
+def holes(mask):
+    return mask & (torch.rand(mask.shape) > 0.05)
+
+
+def stretched(result):
+    context, targets = result
+    return context, torch.cat([targets, targets[..., -1:] + 1], -1)
+
+
+def towards_the_start(ids):
+    count = ids[0].shape[1]
+    every = torch.arange(count + ids[1].shape[1]).expand(len(ids[0]), -1)
+    return every[:, :count], every[:, count:]
+
+
+def other_label(result):
+    inputs, labels = result
+    return inputs, torch.where(labels == -100, labels, labels + 1)
+
+
+def never_random(result):
+    inputs, labels = result
+    return torch.where(labels == -100, inputs, 103), labels
+
+
+def another_token(result):
+    inputs, targets = (part.clone() for part in result)
+    targets[0, 1] += 1
+    return inputs, targets
+
+
+WRONG = [
+    ("random_mask", "mae", swapped),
+    ("random_mask", "mae", towards_the_start),
+    ("tube_mask", "videomae", swapped),
+    ("block_mask-16", "dinov2", lambda mask: mask[:, torch.randperm(256)]),
+    ("block_mask-16", "dinov2", torch.ones_like),
+    ("multiblock_mask", "ijepa", stretched),
+    ("multiblock_mask", "ijepa", lambda result: (result[1][:, 0], result[1])),
+    ("inverse_block_mask", "data2vec", swapped),
+    ("inverse_block_mask", "data2vec", lambda ids: tuple(torch.rand(len(ids[0]), 196).argsort(1).split([39, 157], 1))),
+    ("span_mask", "transformers", holes),
+    ("span_mask", "transformers", torch.ones_like),
+    ("token_mask", "transformers", other_label),
+    ("token_mask", "transformers", never_random),
+    ("span_corruption", "transformers", another_token),
+    ("span_corruption", "transformers", lambda result: (result[0].flip(1), result[1])),
+]
+
+
+@pytest.mark.parametrize(("name", "peer", "change"), WRONG)
+def test_a_wrong_mask_is_seen(name, peer, change):
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    case = find(name)
+    contender, inputs = case.contender(peer), case.make_inputs()
+    result = contender.result(contender.call(**contender.prepare(dict(inputs))))
+    assert case.holds(result, **inputs) is None
+    assert case.holds(change(result), **inputs)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda t, s, m: t.lerp_(s, 1 - m),
+        lambda t, s, m: t.float().lerp_(s.float(), 1 - m),
+        lambda t, s, m: t.add_(0.02),
+    ],
+    ids=["to nearest", "float32", "elsewhere"],
+)
+def test_an_average_that_is_not_rounded_at_random_is_seen(update):
+    case = find("ema_update-bfloat16").tiny()
+    inputs = case.make_inputs()
+    targets = [t.clone() for t in inputs["targets"]]
+    result = [update(t, s, inputs["momentum"]) for t, s in zip(targets, inputs["sources"], strict=True)]
+    assert ema.rounded_at_random(result, **inputs)
