@@ -117,6 +117,10 @@ class EMA(nn.Module):
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if dense_format(tensor) is None:  # what ema_update_ does not write to
                 tensor.data = tensor.data.contiguous()
+        firsts: dict[Any, nn.Parameter] = {}
+        for own, given in zip(self.module.parameters(), model.parameters()):
+            if type(given.data) is Tensor and _place(given):  # copy.deepcopy separates parameters that are one memory
+                own.data = firsts.setdefault(_place(given), own).data
         self.step = 0  # no buffer: one on the CPU breaks DistributedDataParallel over NCCL, one elsewhere needs a sync
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +239,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _place(x: Tensor) -> tuple[Any, ...] | None:
+    """What two parameters have in common that are one memory."""
+    return (x.data_ptr(), x.shape, x.stride()) if x.numel() and not x.is_meta else None
+
+
 def _matched(kind: str, averages: Iterable[tuple[str, Tensor]], models: Iterable[tuple[str, Tensor]]) -> list[Pair]:
     """Pairs of one name, each memory once. A compiled submodule has the names that it had before."""
     targets, sources = ({name.replace("_orig_mod.", ""): x for name, x in xs} for xs in (averages, models))
@@ -242,7 +251,8 @@ def _matched(kind: str, averages: Iterable[tuple[str, Tensor]], models: Iterable
         name = next(name for name in (*targets, *sources) if name not in targets or name not in sources)
         where = ("average", "model") if name in targets else ("model", "average")
         raise ValueError(f"the {where[0]} has a {kind} {name!r}, the {where[1]} has none, or shares it with another")
-    pairs, seen = [], set()
+    pairs: list[Pair] = []
+    places: dict[Any, int] = {}
     for name, target in targets.items():
         label, source = f"{kind} {name!r}", sources[name]
         if target.shape != source.shape:
@@ -256,10 +266,7 @@ def _matched(kind: str, averages: Iterable[tuple[str, Tensor]], models: Iterable
                 f"{label} of the average is on the meta device: call to_empty(device=...), then set(model), first"
             )
         target, source = local_shards(target, source, f"the average's {label}", f"the model's {label}")
-        # distinct parameters may be one memory
-        place = (target.data_ptr(), source.data_ptr()) if target.numel() and not target.is_meta else None
-        if place is None or place not in seen:
-            seen.add(place)
+        if not _place(source) or places.setdefault(_place(source), len(pairs)) == len(pairs):  # else seen, in both
             pairs.append((label, target, source))
     return pairs
 

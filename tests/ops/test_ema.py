@@ -147,6 +147,18 @@ def test_ambiguous_strides() -> None:
     check([target], [torch.randn(5, 1, 3, 3)], 0.5, 0.5)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("device", DEVICES)
+def test_integers_and_bools_are_copied(device: str, momentum: float) -> None:
+    kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    sources = [torch.randint(-100, 100, (5, 1000), device=device).to(dtype) for dtype in kinds]
+    targets = [torch.zeros_like(x) for x in sources]
+    averaged = [torch.zeros(9, device=device), torch.zeros(9, device=device)]
+    ema_update_([averaged[0], *targets], [averaged[1] + 1, *(x.t().contiguous().t() for x in sources)], momentum)
+    assert all(map(torch.equal, targets, sources))
+    assert torch.equal(averaged[0], torch.full_like(averaged[0], 1 - momentum))
+
+
 def test_takes_modules_parameters() -> None:
     teacher, student = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
@@ -198,7 +210,13 @@ class TestRefused:
         targets, sources = [torch.zeros(1), torch.zeros(2, 3)], [torch.ones(1), torch.ones(3, 2)]
         self.refused(ValueError, r"sources\[1\] .* targets\[1\], \(2, 3\), got \(3, 2\)", targets, sources)
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+    @pytest.mark.parametrize("other", [torch.int32, torch.float32, torch.bool])
+    def test_copies_from_another_dtype(self, other: torch.dtype) -> None:
+        targets = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)]
+        match = rf"targets\[1\] and sources\[1\] must have one dtype, got torch.int64 and {other}"
+        self.refused(TypeError, match, targets, [torch.ones(2), torch.ones(3, dtype=other)])
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
     def test_dtypes(self, dtype: torch.dtype) -> None:
         self.refused(TypeError, rf"targets\[0\] .*{dtype}", [torch.zeros(1, dtype=dtype)], [torch.ones(1)])
         self.refused(TypeError, rf"sources\[0\] .*{dtype}", [torch.zeros(1)], [torch.ones(1, dtype=dtype)])
