@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | bench | lint | compat | info | clean. Everything runs in .venv, which is made when it is missing.
+# make demo [METHOD=mae] | test | bench | methods | lint | compat | info | clean. Everything runs in .venv, which is made when it is missing.
 PYTHON ?= python3
 # compat: another Python than the one that builds the wheel, if the machine has one
 COMPAT_PYTHON ?= $(PYTHON)
@@ -10,11 +10,11 @@ COMPAT := build/compat
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test bench lint compat info clean
+.PHONY: demo test bench methods lint compat info clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built $(VENV)/.demo
-	$(BIN)/python -m sslkernels.demo $(ARGS)
+	$(BIN)/python -m sslkernels.demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
 
 # One thread: on few or busy cores, threads that wait for each other cost minutes. Tests that are about threads set them.
 test compat: export OMP_NUM_THREADS ?= 1
@@ -24,6 +24,10 @@ test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 
 bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# every method for a minute on real data; ARGS=--docs puts the table into docs/methods.md
+methods: $(VENV)/.built $(VENV)/.demo
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lint: $(VENV)/.run $(VENV)/.demo $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff check .

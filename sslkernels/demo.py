@@ -2,7 +2,8 @@
 """Pretrain SimCLR on real images twice from one seed, with an eager loss and with ours: `python -m sslkernels.demo`.
 
 Same network, same images, same views in the same order; the loss alone differs. What is shown: the two loss curves are
-one, what the loss costs in time and memory, and that the network has learned.
+one, what the loss costs in time and memory, and that the network has learned. `--method mae`, or any other, trains that
+method instead, for a minute, and shows what its features were worth before and after.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sslkernels.evaluation import extract_features, knn_accuracy
 from sslkernels.losses import nt_xent
 from sslkernels.methods import SimCLR
 from sslkernels.nn import ProjectionHead, ResidualCNN
+from sslkernels.presets import PRESETS
 
 TEMPERATURE, DIM, NEIGHBORS = 0.1, 128, 5
 
@@ -220,9 +222,64 @@ def run(*, steps: int, batch_size: int, out: Path) -> dict:
     return result
 
 
+def run_method(name: str, *, steps: int | None, seconds: float, out: Path) -> dict:
+    """Train one preset for `steps`, or about `seconds`; the figures, `NAME.png` and `NAME.json` in `out`."""
+    from sslkernels.training import Training, steps_in
+
+    training = Training(name, steps=steps or steps_in(name, seconds))
+    before = training.accuracy()
+    started = time.perf_counter()
+    curve = training.run(progress=True)
+    elapsed = time.perf_counter() - started
+    result = {"method": name, "data": training.preset.data, "steps": len(curve), "seconds": elapsed}
+    result |= {"curve": curve, "before": before, "after": training.accuracy()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot_method(result, out / f"{name}.png")
+    return result
+
+
+ACCURACIES = {"knn": "kNN accuracy, %", "probe": "linear probe, %"}
+
+
+def plot_method(result: dict, path: Path) -> None:
+    """The loss, and bars of both accuracies before and after."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    curve, *bars = figure.subplots(1, 3, width_ratios=(3, 1, 1))
+    curve.plot(result["curve"], color="tab:blue", linewidth=1)
+    curve.set(xlabel="step", ylabel="loss")
+    for axes, (how, title) in zip(bars, ACCURACIES.items(), strict=True):
+        values = [100 * result[when][how] for when in ("before", "after")]
+        axes.bar_label(axes.bar(["before", "after"], values, color=["tab:gray", "tab:blue"]), fmt="%.1f")
+        axes.set(title=title, ylim=(0, 105))
+    figure.suptitle(f"{result['method']} on the {result['data']}: {result['steps']:,} steps")
+    figure.savefig(path, dpi=120)
+
+
+def main_method(name: str, *, steps: int | None, seconds: float, out: Path) -> None:
+    """Train, and say in words what came of it."""
+    data_name = PRESETS[name].data
+    print(f"{name} on the {data_name}, {f'{steps:,} steps' if steps else f'about {seconds:.0f} seconds'}\n")
+    result = run_method(name, steps=steps, seconds=seconds, out=out)
+    print(f"\n{'held-out':<20}{'untrained':>12}{'trained':>12}")
+    for how, title in ACCURACIES.items():
+        print(f"{title:<20}{100 * result['before'][how]:>12.1f}{100 * result['after'][how]:>12.1f}")
+    print(f"\nThe plot is {out / f'{name}.png'}, the figures are {out / f'{name}.json'}.")
+    next_command = (
+        "`python -m sslkernels show mae` draws what it fills in" if name == "mae" else "`make methods` trains all"
+    )
+    print(f"Next: {next_command}; docs/methods.md trains on your own data.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sslkernels.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--method", choices=PRESETS, help="train this method instead of comparing the losses of SimCLR")
+    parser.add_argument("--seconds", type=float, default=60, help="with --method: of training (default: 60)")
+    parser.add_argument("--steps", type=int, help="default: 100; with --method: as many as --seconds allow")
     parser.add_argument("--batch-size", type=int, default=1024, help="pairs of views in a step (default: 1024)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for demo.png and demo.json")
     parser.add_argument("--quick", action="store_true", help="8 steps of 64 pairs: does it run, no more")
@@ -234,9 +291,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.measure:
         print(json.dumps(measure(args.measure, args.batch_size)))
         return
-    steps, batch_size = (8, 64) if args.quick else (args.steps, args.batch_size)
-    if steps < 1:
-        parser.error(f"--steps must be at least 1, got {steps}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.method:
+        if not args.seconds > 0:
+            parser.error(f"--seconds must be positive, got {args.seconds}")
+        main_method(args.method, steps=8 if args.quick else args.steps, seconds=args.seconds, out=args.out)
+        return
+    steps, batch_size = (8, 64) if args.quick else (args.steps or 100, args.batch_size)
     most = len(data.digits().train_images)
     if not 2 <= batch_size <= most:
         parser.error(f"--batch-size must be between 2 and the {most:,} training images, got {batch_size}")
