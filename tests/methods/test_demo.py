@@ -53,3 +53,21 @@ def test_table_without_a_memory_figure():
     result = {"eager": side, "sslkernels": {**side, "loss_ms": 1.0}, "largest_difference": 0.0}
     text = demo.table({**result, "knn_raw_pixels": 80.0, "knn_untrained": 70.0})
     assert "not measured" in text and "2.0x less" in text
+
+
+def test_one_method(tmp_path, capsys):
+    demo.main(["--method", "simsiam", "--quick", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "simsiam.json").read_text())
+    assert len(result["curve"]) == result["steps"] == 8 and result["data"] == "digits"
+    assert 0 < result["before"]["knn"] < 1 and 0 < result["after"]["probe"] < 1
+    assert (tmp_path / "simsiam.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    for part in ("kNN accuracy", "linear probe", "untrained", f"{tmp_path / 'simsiam.png'}", "make methods"):
+        assert part in out
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--seconds", "0"]])
+def test_one_method_refuses(arguments, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--method", "moco", *arguments])
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
