@@ -36,17 +36,18 @@ struct Shifted {
 
 // n pixels in a row of one channel
 template <typename S, typename T, typename F>
-INLINE void read_row(const S* src, i64 src_stride, T* dst, i64 dst_stride, i64 n, i64 c, F value) {
-  if (src_stride == 1 && dst_stride == 1) {
-    if (n == 16) {
+INLINE void read_row(const S* src, T* dst, i64 n, i64 c, F value) {
 #pragma omp simd
-      for (i64 i = 0; i < 16; ++i) dst[i] = value.at(src[i], c);
-    } else {
-#pragma omp simd
-      for (i64 i = 0; i < n; ++i) dst[i] = value.at(src[i], c);
-    }
+  for (i64 i = 0; i < n; ++i) dst[i] = value.at(src[i], c);
+}
+
+// rows of one channel, of n pixels; both sides in planes
+template <typename S, typename T, typename F>
+INLINE void read_plane(const S* src, i64 src_row, T* dst, i64 rows, i64 n, i64 c, F value) {
+  if (n == 16) {  // a known count is unrolled: the loads of many rows are under way at once
+    for (i64 row = 0; row < rows; ++row) read_row(src + row * src_row, dst + row * 16, 16, c, value);
   } else {
-    for (i64 i = 0; i < n; ++i) dst[i * dst_stride] = value.at(src[i * src_stride], c);
+    for (i64 row = 0; row < rows; ++row) read_row(src + row * src_row, dst + row * n, n, c, value);
   }
 }
 
@@ -75,39 +76,50 @@ INLINE void read_row3(const S* src, i64 src_channel, T* dst, i64 dst_channel, i6
     for (i64 at = 0; at < n; at += kPixels) {
       const i64 count = std::min(kPixels, n - at);
       if (kSrc == 3) {
-        read_row(src + 3 * at, 1, line, 1, 3 * count, 0, Plain<T>{});
+        read_row(src + 3 * at, line, 3 * count, 0, Plain<T>{});
       } else {
-        for (i64 c = 0; c < 3; ++c)
-          read_row(src + c * src_channel + at, 1, line + c * kPixels, 1, count, c, Plain<T>{});
+        for (i64 c = 0; c < 3; ++c) read_row(src + c * src_channel + at, line + c * kPixels, count, c, Plain<T>{});
       }
       move_row3<kSrc, kDst>(line, kPixels, dst + kDst * at, dst_channel, count, value);
     }
   }
 }
 
+// rows of three channels, of n pixels
+template <int kSrc, int kDst, typename S, typename T, typename F>
+INLINE void read_plane3(const S* src, i64 src_row, i64 src_channel, T* dst, i64 dst_channel, i64 rows, i64 n, F value) {
+  for (i64 row = 0; row < rows; ++row) {
+    const S* from = src + row * src_row;
+    T* to = dst + row * n * kDst;
+    if (n == 16)
+      read_row3<kSrc, kDst>(from, src_channel, to, dst_channel, 16, value);
+    else
+      read_row3<kSrc, kDst>(from, src_channel, to, dst_channel, n, value);
+  }
+}
+
 template <typename S, typename T, typename F>
 INLINE void read_values(const S* src, const PatchShape& s, bool channels_last, T* dst, F value) {
-  const i64 area = s.t * s.p * s.q, dst_channel = channels_last ? 1 : area, dst_q = channels_last ? s.channels : 1;
-  const bool together = s.channels == 3 && s.channel_stride == 1 && s.q_stride == 3;
-  if (together || (s.channels == 3 && s.q_stride == 1 && channels_last)) {
-    for (i64 row = 0; row < s.t * s.p; ++row) {
-      const S* from = src + row / s.p * s.t_stride + row % s.p * s.p_stride;
-      T* to = dst + row * s.q * dst_q;
-      if (!channels_last)
-        read_row3<3, 1>(from, 1, to, area, s.q, value);
-      else if (together)
-        read_row3<3, 3>(from, 1, to, 1, s.q, value);
-      else
-        read_row3<1, 3>(from, s.channel_stride, to, 1, s.q, value);
-    }
-    return;
-  }
-  for (i64 c = 0; c < s.channels; ++c) {
-    for (i64 t = 0; t < s.t; ++t) {
-      const S* from = src + c * s.channel_stride + t * s.t_stride;
-      T* to = dst + c * dst_channel + t * s.p * s.q * dst_q;
-      for (i64 p = 0; p < s.p; ++p)
-        read_row(from + p * s.p_stride, s.q_stride, to + p * s.q * dst_q, dst_q, s.q, c, value);
+  const i64 plane = s.p * s.q, area = s.t * plane;
+  const bool in_planes = s.q_stride == 1, together = s.channels == 3 && s.channel_stride == 1 && s.q_stride == 3;
+  for (i64 t = 0; t < s.t; ++t) {
+    const S* from = src + t * s.t_stride;
+    T* to = dst + t * plane * (channels_last ? s.channels : 1);
+    if (together && channels_last) {
+      read_plane3<3, 3>(from, s.p_stride, 1, to, 1, s.p, s.q, value);
+    } else if (together) {
+      read_plane3<3, 1>(from, s.p_stride, 1, to, area, s.p, s.q, value);
+    } else if (s.channels == 3 && in_planes && channels_last) {
+      read_plane3<1, 3>(from, s.p_stride, s.channel_stride, to, 1, s.p, s.q, value);
+    } else if (in_planes && !channels_last) {
+      for (i64 c = 0; c < s.channels; ++c)
+        read_plane(from + c * s.channel_stride, s.p_stride, to + c * area, s.p, s.q, c, value);
+    } else {
+      const i64 dst_c = channels_last ? 1 : area, dst_q = channels_last ? s.channels : 1;
+      for (i64 c = 0; c < s.channels; ++c)
+        for (i64 i = 0; i < plane; ++i)
+          to[c * dst_c + i * dst_q] =
+              value.at(from[c * s.channel_stride + i / s.q * s.p_stride + i % s.q * s.q_stride], c);
     }
   }
 }

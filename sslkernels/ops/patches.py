@@ -135,12 +135,18 @@ def embed_patches(
         raise ValueError(f"bias must have shape ({dim},), got {tuple(bias.shape)}")
     if position is not None and position.shape != (length, dim):
         raise ValueError(f"position must have shape ({length}, {dim}), got {tuple(position.shape)}")
-    dtype = torch.get_autocast_dtype(images.device.type) if autocasts(images) else weight.dtype
+    casts = autocasts(images)
+    dtype = torch.get_autocast_dtype(images.device.type) if casts else weight.dtype
     patches = gather_patches(images, ids, patch_size, channels_last=channels_last, mean=mean, std=std, dtype=dtype)
-    out = F.linear(patches, weight.flatten(1), bias)
-    if position is None:
-        return out
-    return out + (position if ids is None else gather_tokens(position, ids))
+    if position is None or casts or position.dtype != dtype or patches.numel() == 0:
+        out = F.linear(patches, weight.flatten(1), bias)
+        return out if position is None else out + (position if ids is None else gather_tokens(position, ids))
+    # the product is added to the positions: a sum afterwards would be two passes more
+    if ids is None:
+        ids = torch.arange(length, device=images.device)
+    table = position if bias is None else position + bias
+    start = gather_tokens(table, ids.expand(patches.shape[0], -1))  # (B, K, D)
+    return torch.addmm(start.view(-1, dim), patches.view(-1, values), weight.flatten(1).t()).view(start.shape)
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
