@@ -8,6 +8,7 @@ Shapes depend on the draw, so it takes place on the host, and the ids are then s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,16 +49,21 @@ _multiblock3d = define(
 )
 
 
+# how the kernel's refusals begin, of what only the drawn blocks can tell
+_REFUSALS = re.compile("(context_tokens|blocks) must .*")
+
+
 def _run(op: Callable[..., tuple[Tensor, Tensor]], device: Device, *args: Any) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         context, target = op(*args)
     else:
         try:
             context, target = op(*args)
-        except RuntimeError as error:  # what only the drawn blocks can tell, as the kernel puts it
-            if not str(error).startswith(("context_tokens must", "blocks must")):
+        except RuntimeError as error:
+            refusal = _REFUSALS.search(str(error))
+            if refusal is None:
                 raise
-            raise ValueError(str(error).split("\n", 1)[0]) from None
+            raise ValueError(refusal[0]) from None
     return moved(context, device), moved(target, device)
 
 
