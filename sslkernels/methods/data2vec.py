@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkernels.ema import EMA
+from sslkernels.evaluation import std_of_rows
 from sslkernels.methods._method import Method
 from sslkernels.nn import VisionTransformer
 from sslkernels.ops import average_layers, gather_tokens, inverse_block_mask, masked_regression
@@ -166,4 +167,4 @@ class ConvolutionalDecoder(nn.Module):
 @torch.no_grad()
 def _std(rows: Tensor) -> Tensor:
     """The original's watch for collapse: the mean over D of the standard deviation over all rows."""
-    return (rows.float().flatten(0, -2).var(dim=0) + 1e-6).sqrt().mean()
+    return std_of_rows(rows.float().flatten(0, -2)).mean()
