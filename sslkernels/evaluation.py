@@ -82,7 +82,7 @@ def spread(features: Tensor) -> Tensor:
 
 
 def std_of_rows(x: Tensor) -> Tensor:
-    """Standard deviation of each column (D,) of x (N, D): in two passes, 2 to 9 times faster than torch's `std(dim=0)`."""
+    """Standard deviation of each column (D,) of x (N, D), in two passes: 2 to 9 times faster than torch's `std`."""
     centred = x - x.mean(dim=0)
     return (centred.square().sum(dim=0) / (len(x) - 1)).sqrt()
 
