@@ -147,7 +147,8 @@ def wins(families: list[dict[str, Any]], chosen: Collection[str]) -> str:
         ])  # fmt: skip
     header = ["op", "fastest shipped form", "forward + backward", "faster", "default malloc", "vs lean eager",
               "peak memory"]  # fmt: skip
-    return f"{table(header, rows, right=2)}\n\n{machine_line(families[0]['machine'], records)}"
+    note = "Masks and moving averages have no backward: one call. "
+    return f"{table(header, rows, right=2)}\n\n{note}{machine_line(families[0]['machine'], records)}"
 
 
 def floors(results: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.case import COTANGENT, Case, ContenderStep, Step, leaves, tensors
+from benchmarks.case import COTANGENT, Case, Contender, ContenderStep, Inputs, Step, leaves, tensors
 from benchmarks.cases import find
 from benchmarks.stats import OURS
 
@@ -26,11 +26,14 @@ LIMIT = 1e-5  # relative error of float32 against float64, by norm for gradients
 
 def check(case: Case, names: list[str]) -> dict[str, Any]:
     """The gate to being timed: what each contender computes, judged by the case's formula or by what must hold."""
+    inputs = case.make_inputs()
     expected = exact(case) if case.formula else None
     report = {}
     for name in names:
+        contender = case.contender(name)
         try:
-            report[name] = compare(case, name, *expected) if expected else examine(case, name)
+            step = ContenderStep(contender, inputs, case.changes, attached=True)
+            report[name] = compare(contender, step, *expected) if expected else examine(case, contender, step, inputs)
         except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             report[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
     return report
@@ -46,9 +49,9 @@ def exact(case: Case) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     return [x.detach() for x in tensors(value)], gradients
 
 
-def compare(case: Case, name: str, values: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    contender = case.contender(name)
-    step = ContenderStep(contender, case.make_inputs(), case.changes, attached=True)
+def compare(
+    contender: Contender, step: ContenderStep, values: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]
+) -> dict[str, Any]:
     output = step.forward()
     got = step.backward(output)
     found = [x.detach() for x in tensors(contender.result(output))]
@@ -62,9 +65,7 @@ def compare(case: Case, name: str, values: list[torch.Tensor], gradients: tuple[
     return report
 
 
-def examine(case: Case, name: str) -> dict[str, Any]:
-    contender, inputs = case.contender(name), case.make_inputs()
-    step = ContenderStep(contender, inputs, case.changes)
+def examine(case: Case, contender: Contender, step: ContenderStep, inputs: Inputs) -> dict[str, Any]:
     wrong = case.holds(contender.result(step.forward()), **inputs)
     return {"ok": False, "error": wrong} if wrong else {"ok": True}
 
