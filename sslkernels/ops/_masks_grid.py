@@ -39,7 +39,8 @@ def moved(x: Tensor, device: Device) -> Tensor:
     target = torch.device("cpu" if device is None else device)
     if target.type == "cpu":
         return x
-    return (x.pin_memory() if target.type == "cuda" else x).to(target, non_blocking=True)
+    pinned = target.type == "cuda" and not torch.compiler.is_compiling()
+    return (x.pin_memory() if pinned else x).to(target, non_blocking=True)
 
 
 def _ids_fake(seed: Tensor, batch: int, frames: int, places: int, keep: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from masks_cases import CALLS, LOG_ASPECT, op, tokens
+from masks_cases import CALLS, LOG_ASPECT, REFERENCES, op, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -18,7 +18,7 @@ from sslkernels import ops
 SCALES = [0.85, 1.0], [0.15, 0.2], [0.75, 1.5]
 OPS: dict[str, tuple[Any, ...]] = {
     "random_mask": (4, 2, 20, 5),
-    "block_mask": (4, 8, 9, 0.3, 0.4, 4.0, 32.0, LOG_ASPECT, 1.0, 10, 0.7, True, True),
+    "block_mask": (4, 8, 9, 0.3, 0.4, 4.0, 32.0, LOG_ASPECT, 1.0, 1, 0.7, True, True),
     "inverse_block_mask": (4, 8, 9, 3, 3, 12),
     "multiblock_mask": (4, 14, 13, 4, *SCALES, 10, False, False, False, None),
     "multiblock3d_mask": (4, 2, 8, 9, 3, [0.15, 0.15], [1.0, 1.0], [0.75, 1.5], False, 2, None),
@@ -47,15 +47,22 @@ def test_opcheck_of_a_fixed_context() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph(name: str) -> None:
-    """fullgraph=True raises at the first graph break; the seed is a number, a tensor or not given."""
+    """fullgraph=True raises at the first graph break."""
     call = CALLS[name]
     compiled = torch.compile(lambda seed: call.tensors(seed=seed), fullgraph=True, backend="aot_eager")
-    for seed in (5, torch.tensor(5)):
-        for x, y in zip(compiled(seed), call.tensors(seed=5), strict=True):
-            assert torch.equal(x, y)
+    for x, y in zip(compiled(torch.tensor(5)), call.tensors(seed=5), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["random", "block beit", "multiblock", "token"])
+def test_a_graph_draws_its_own_seed_or_takes_a_number(name: str) -> None:
+    call = CALLS[name]
     drawn = torch.compile(lambda: call.tensors(), fullgraph=True, backend="aot_eager")
     first, second = drawn(), drawn()
     assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    given = torch.compile(lambda: call.tensors(seed=5), fullgraph=True, backend="aot_eager")
+    for x, y in zip(given(), call.tensors(seed=5), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_any_batch() -> None:
@@ -102,6 +109,16 @@ def test_shapes_of_fake_tensors(name: str) -> None:
         fake = call.tensors(**{k: mode.from_tensor(x) for k, x in call.kwargs.items() if isinstance(x, Tensor)})
     for x, y in zip(fake, call.tensors(), strict=True):
         assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("multiblock")])
+def test_the_reference_never_waits_for_the_device(name: str) -> None:
+    """Tensors without values refuse to be looked at."""
+    args = [x.to("meta") if isinstance(x, Tensor) else x for x in OPS[name]]
+    got = REFERENCES[name](torch.empty((), dtype=torch.int64, device="meta"), *args)
+    expected = op(name)(torch.tensor(3), *OPS[name])
+    for x, y in zip(*(out if isinstance(out, tuple) else (out,) for out in (got, expected)), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
 @pytest.mark.gpu
