@@ -13,8 +13,7 @@ from torch import nn
 
 from sslkernels import data, methods
 from sslkernels.methods._method import Method
-from sslkernels.methods.data2vec import ConvolutionalDecoder
-from sslkernels.nn import Predictor, ResidualCNN, VisionTransformer
+from sslkernels.nn import ResidualCNN, VisionTransformer
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -61,19 +60,19 @@ PRESETS: dict[str, Preset] = {
     "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
     "ijepa": Preset(
         lambda steps: methods.IJEPA(
-            _vit(class_token=False), Predictor(64, embed_dim=32, depth=2), momentum=0.97, total_steps=steps
+            _vit(class_token=False),
+            predictor_dim=32,
+            predictor_depth=2,
+            predictor_heads=4,
+            momentum=0.97,
+            total_steps=steps,
         ),
         **_PHOTOGRAPHS,
         batch_size=32,
     ),
     "data2vec": Preset(
         lambda steps: methods.Data2Vec(
-            _vit(),
-            ConvolutionalDecoder(64, depth=2),
-            masks=2,
-            momentum=0.999,
-            final_momentum=0.9999,
-            anneal_steps=steps,
+            _vit(), decoder_depth=2, masks=2, momentum=0.999, final_momentum=0.9999, anneal_steps=steps
         ),
         **_PHOTOGRAPHS,
         batch_size=32,

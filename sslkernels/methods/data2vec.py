@@ -21,20 +21,20 @@ class Data2Vec(Method):
 
         y              = layer_norm(mean over the last `layers` blocks of instance_norm(MLP output))    (B, L, D)
         visible, hidden = inverse_block_mask(B * masks, grid)         `masks` masks of each image, one teacher pass
-        x              = encoder(patches of visible)
+        x              = backbone(patches of visible)
         p              = decoder(x at visible, noise N(0, 0.01^2) elsewhere)[hidden]
         loss           = mean over hidden patches of sum_D (p - y[hidden])^2 / sqrt(D)
                          + cls_weight * sum over all masks of sum_D (class token - mean_L y)^2 / sqrt(D)
-        teacher       <- m * teacher + (1 - m) * encoder              in `after_step`, in float32; buffers copied
+        teacher       <- m * teacher + (1 - m) * backbone             in `after_step`, in float32; buffers copied
 
     The second term is a sum over the B * masks class tokens, not a mean, as in the original. The teacher sees the whole
     image, is always in evaluation mode, and its MLP outputs are taken before the residual, instance norm being over
-    the patches of one image. m goes from `momentum` to `final_momentum` in equal steps over `anneal_steps`. `encode`
-    is the mean of the encoder's patch tokens. The original's blocks are post-norm, these are the encoder's.
+    the patches of one image. m goes from `momentum` to `final_momentum` in equal steps over `anneal_steps`. Features
+    are the mean of the backbone's patch tokens. The original's blocks are post-norm, these are the backbone's.
 
     Args:
-        encoder: a transformer with `forward_features(images, ids, return_layers=K)` and `grid(images)`.
-        decoder: maps tokens (N, L, D), the grid and ids (N, K) to (N, K, D); by default the original's 6 convolutions.
+        backbone: a transformer with `forward_features(images, ids, return_layers=K)` and `grid(images)`.
+        decoder_depth, decoder_groups: of the `ConvolutionalDecoder`.
         layers: by default all but the first two, as the original (10 of 12).
         beta: smooth L1 that turns linear there; 0, the default, is the square above, not halved.
         ratio, block_size, adjust: of `inverse_block_mask`.
@@ -49,9 +49,10 @@ class Data2Vec(Method):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
-        decoder: nn.Module | None = None,
+        backbone: VisionTransformer,
         *,
+        decoder_depth: int = 6,
+        decoder_groups: int = 16,
         masks: int = 16,
         layers: int | None = None,
         ratio: float = 0.8,
@@ -65,17 +66,17 @@ class Data2Vec(Method):
         anneal_steps: int = 100_000,
     ) -> None:
         super().__init__()
-        if cls_weight and encoder.num_prefix_tokens != 1:
-            raise ValueError(f"encoder must have a class token for cls_weight={cls_weight}; without one give 0")
-        self.encoder = encoder
-        self.decoder = decoder or ConvolutionalDecoder(encoder.dim)
+        if cls_weight and backbone.num_prefix_tokens != 1:
+            raise ValueError(f"the backbone must have a class token for cls_weight={cls_weight}; without one give 0")
+        self.backbone = backbone
+        self.decoder = ConvolutionalDecoder(backbone.dim, depth=decoder_depth, groups=decoder_groups)
         self.masks, self.noise, self.beta, self.cls_weight = masks, noise, beta, cls_weight
-        self.layers = max(1, len(encoder.blocks) - 2) if layers is None else layers
+        self.layers = max(1, len(backbone.blocks) - 2) if layers is None else layers
         self.mask_options = {"ratio": ratio, "block_size": block_size, "adjust": adjust}
         # float32 at the least: 1 - 0.99999 is lost in 16 bits
-        self.dtype = torch.promote_types(next(encoder.parameters()).dtype, torch.float32)
+        self.dtype = torch.promote_types(next(backbone.parameters()).dtype, torch.float32)
         self.teacher = EMA(
-            encoder,
+            backbone,
             momentum,
             schedule="linear",
             final_momentum=final_momentum,
@@ -95,18 +96,18 @@ class Data2Vec(Method):
         images = images.to(self.dtype) if images.is_floating_point() else images
         teacher = cast(VisionTransformer, self.teacher.module)
         _, layers = teacher.forward_features(images, return_layers=self.layers)
-        prefix = self.encoder.num_prefix_tokens
+        prefix = self.backbone.num_prefix_tokens
         return average_layers([layer[:, prefix:] for layer in layers], instance_norm=True, layer_norm=True)
 
     def predict(self, images: Tensor, visible: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """From the patches visible (B, M, K): the hidden ones (B, M, L - K, D), and the prefix tokens (B, M, P, D)."""
-        prefix = self.encoder.num_prefix_tokens
-        tokens = self.encoder.forward_features(images, visible)  # (B M, P + K, D)
+        prefix = self.backbone.num_prefix_tokens
+        tokens = self.backbone.forward_features(images, visible)  # (B M, P + K, D)
         hidden = hidden.flatten(0, 1)
         noise = self.noise * torch.randn(*hidden.shape, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype)
         place = torch.cat([visible.flatten(0, 1), hidden], dim=1).argsort(dim=1)  # of each patch in the next line
         x = gather_tokens(torch.cat([tokens[:, prefix:], noise], dim=1), place)
-        x = self.decoder(x, self.encoder.grid(images), hidden)
+        x = self.decoder(x, self.backbone.grid(images), hidden)
         shape = visible.shape[:2]
         return x.unflatten(0, shape), tokens[:, :prefix].unflatten(0, shape)
 
@@ -118,7 +119,7 @@ class Data2Vec(Method):
 
     def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         y = self.targets(batch)
-        grid, count = self.encoder.grid(batch), len(batch) * self.masks
+        grid, count = self.backbone.grid(batch), len(batch) * self.masks
         ids = inverse_block_mask(count, grid, **self.mask_options, device=batch.device)  # type: ignore[arg-type]
         visible, hidden = (x.unflatten(0, (len(batch), self.masks)) for x in ids)
         prediction, prefix = self.predict(batch, visible, hidden)
@@ -130,37 +131,30 @@ class Data2Vec(Method):
         return loss, {"loss": loss.detach(), **metrics}
 
     def after_step(self, step: int) -> None:
-        """Move the teacher towards the encoder; the original counts updates from 1."""
-        self.teacher.update(self.encoder, step + 1)
+        """Move the teacher towards the backbone; the original counts updates from 1."""
+        self.teacher.update(self.backbone, step + 1)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens :].mean(dim=1)
+        return self.backbone.forward_features(x)[:, self.backbone.num_prefix_tokens :].mean(dim=1)
 
 
 class ConvolutionalDecoder(nn.Module):
     """Tokens (N, L, dim) on a grid (h, w) -> the tokens ids (N, K) of the grid after convolutions, (N, K, dim).
 
-    `depth` times x <- x + gelu(layer_norm(conv(x))), grouped and without affine (no shortcut where widths differ), then
-    a linear layer, which runs on the tokens asked for alone. Defaults are the original's for images.
+    `depth` times x <- x + gelu(layer_norm(conv(x))), 3x3 in groups, the norm without affine; then a linear layer, which
+    runs on the tokens asked for alone. Defaults are the original's for images.
     """
 
-    def __init__(
-        self, dim: int, *, embed_dim: int | None = None, depth: int = 6, kernel_size: int = 3, groups: int = 16
-    ) -> None:
+    def __init__(self, dim: int, *, depth: int = 6, groups: int = 16) -> None:
         super().__init__()
-        embed_dim = embed_dim or dim
-        self.blocks = nn.ModuleList(
-            nn.Conv2d(dim if i == 0 else embed_dim, embed_dim, kernel_size, padding=kernel_size // 2, groups=groups)
-            for i in range(depth)
-        )
-        self.project = nn.Linear(embed_dim, dim)
+        self.blocks = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=groups) for _ in range(depth))
+        self.project = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], ids: Tensor) -> Tensor:
         x = tokens.unflatten(1, grid)  # (N, h, w, C), which a convolution reads as channels_last
         for conv in self.blocks:
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            y = F.gelu(F.layer_norm(y, y.shape[-1:]))
-            x = x + y if x.shape == y.shape else y
+            x = x + F.gelu(F.layer_norm(y, y.shape[-1:]))
         return self.project(gather_tokens(x.flatten(1, 2), ids))
 
 

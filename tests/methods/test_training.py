@@ -91,8 +91,7 @@ def test_resumes_bit_for_bit(training, name):
 
 
 def backbone(method):
-    names = ("backbone", "encoder", "image_encoder")
-    return next(getattr(method, name) for name in names if hasattr(method, name))
+    return method.backbone if hasattr(method, "backbone") else method.image_encoder
 
 
 @pytest.mark.parametrize("name", METHODS)
