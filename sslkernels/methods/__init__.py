@@ -5,9 +5,26 @@ from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
 from sslkernels.methods.data2vec import Data2Vec
 from sslkernels.methods.ijepa import IJEPA
+from sslkernels.methods.mae import MAE
 from sslkernels.methods.moco import MoCo
 from sslkernels.methods.siglip import SigLIP
 from sslkernels.methods.simclr import SimCLR
+from sslkernels.methods.simmim import SimMIM
 from sslkernels.methods.simsiam import SimSiam
+from sslkernels.methods.videomae import VideoMAE
+from sslkernels.methods.vjepa import VJEPA
 
-__all__ = ["BYOL", "CLIP", "IJEPA", "Data2Vec", "MoCo", "SigLIP", "SimCLR", "SimSiam"]
+__all__ = [
+    "BYOL",
+    "CLIP",
+    "IJEPA",
+    "MAE",
+    "VJEPA",
+    "Data2Vec",
+    "MoCo",
+    "SigLIP",
+    "SimCLR",
+    "SimMIM",
+    "SimSiam",
+    "VideoMAE",
+]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sslkernels.nn._pending import gather_tokens, restore_tokens
 from sslkernels.nn.transformer import TransformerBlock, init_linear, sincos_positions
+from sslkernels.ops import gather_tokens, restore_tokens
 
 
 class MaskedDecoder(nn.Module):
@@ -54,7 +54,7 @@ class MaskedDecoder(nn.Module):
         positions = sincos_positions(grid, x.shape[-1], device=x.device).to(x.dtype)
         if prefix:
             positions = torch.cat([positions.new_zeros(prefix, x.shape[-1]), positions])
-        x = restore_tokens(x, visible, self.mask_token.to(x.dtype), positions, num_prefix_tokens=prefix)
+        x = restore_tokens(x, visible, self.mask_token, positions, num_prefix_tokens=prefix)
         x = self.blocks(x)
         x = x[:, prefix:] if wanted is None else gather_tokens(x, wanted + prefix)
         return self.head(self.norm(x))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslkernels.nn._pending import gather_patches, gather_tokens
+from sslkernels.ops import embed_patches, gather_tokens
 
 
 class TransformerBlock(nn.Module):
@@ -51,6 +51,9 @@ class VisionTransformer(nn.Module):
     and differ from call to call: positions are fixed sine-cosine ones, made for the grid at hand, so that no learned
     table ties the weights to one size. Without a class token the features are the mean of the patch tokens.
 
+    Images are floating, or uint8 and then divided by 255. With `mean` and `std`, a value for each channel, they are
+    normalized on their way into the patches: (x - mean) / std.
+
     `forward_features(x, ids)` embeds and attends the patches `ids` alone, at their own positions: a method that hides
     three quarters of an image pays for one. Parameter names are timm's where the part is the same.
 
@@ -72,6 +75,8 @@ class VisionTransformer(nn.Module):
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
         class_token: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if embed_dim % 4 or embed_dim % num_heads:
@@ -81,6 +86,10 @@ class VisionTransformer(nn.Module):
         self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(self.patch_size) not in (2, 3) or min(self.patch_size) < 1:
             raise ValueError(f"patch_size must be an int, (p, q) or, for clips, (t, p, q), got {patch_size}")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != in_chans:
+                raise ValueError(f"{name} must have a value for each of the {in_chans} channels, got {values}")
+        self.mean, self.std = mean, std
         self.dim = embed_dim
         self.num_prefix_tokens = int(class_token)
         convolution = nn.Conv2d if len(self.patch_size) == 2 else nn.Conv3d
@@ -101,11 +110,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{kind} must be multiples of {multiples}, got {tuple(x.shape)}")
         return tuple(side // size for side, size in zip(sides, patch))
 
-    def embed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The patches `ids` (B, K), or all in row-major order, as tokens (B, K, dim) without positions."""
-        weight = self.patch_embed.weight
-        values = gather_patches(x, ids, self.patch_size, dtype=None if x.is_floating_point() else weight.dtype)
-        return F.linear(values, weight.flatten(1), self.patch_embed.bias)
+    def positions(self, x: Tensor) -> Tensor:
+        """Of all patches of x (L, dim), in the dtype of the weights."""
+        return sincos_positions(self.grid(x), self.dim, device=x.device).to(self.patch_embed.weight.dtype)
+
+    def embed(self, x: Tensor, ids: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """The patches `ids` (B, K), or all in row-major order, as tokens (B, K, dim); `position` (L, dim) is added."""
+        weight, bias = self.patch_embed.weight, self.patch_embed.bias
+        return embed_patches(x, ids, weight, bias, position, self.patch_size, mean=self.mean, std=self.std)
 
     def forward_tokens(self, tokens: Tensor, *, return_layers: int = 0) -> Any:
         """Class token, blocks and last norm over tokens (B, K, dim) that have their positions."""
@@ -130,15 +142,10 @@ class VisionTransformer(nn.Module):
         With `return_layers=K` the result is a pair: the tokens, and what the MLPs of the last K blocks add to the
         residual, a list of K tensors of the tokens' shape.
         """
-        positions = sincos_positions(self.grid(x), self.dim, device=x.device)
-        if ids is None or ids.ndim == 3:
-            tokens = self.embed(x)
-            tokens = tokens + positions.to(tokens.dtype)
-            if ids is not None:
-                tokens = gather_tokens(tokens, ids).flatten(0, 1)
+        if ids is not None and ids.ndim == 3:
+            tokens = gather_tokens(self.embed(x, None, self.positions(x)), ids).flatten(0, 1)
         else:
-            tokens = self.embed(x, ids)
-            tokens = tokens + gather_tokens(positions.to(tokens.dtype), ids)
+            tokens = self.embed(x, ids, self.positions(x))
         return self.forward_tokens(tokens, return_layers=return_layers)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -150,10 +157,10 @@ class VisionTransformer(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Weights of linear layers from a normal of standard deviation 0.02, cut at 2; biases zero."""
+    """Weights of linear layers uniform after Glorot, as MAE's; biases zero."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
