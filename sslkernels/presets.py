@@ -46,6 +46,18 @@ def _vit(**options: Any) -> VisionTransformer:
     return VisionTransformer(embed_dim=64, depth=3, **options)
 
 
+def _digit_vit(weight_init: str) -> VisionTransformer:
+    return VisionTransformer(
+        in_chans=1, patch_size=2, embed_dim=64, depth=2, class_token=False, weight_init=weight_init
+    )
+
+
+def _clip_vit() -> VisionTransformer:
+    return VisionTransformer(patch_size=(2, 8, 8), embed_dim=64, depth=2, class_token=False)
+
+
+_DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
+_CLIPS: dict[str, Any] = {"data": "clips", "batch": "clips", "standardize": True, "lr": 3e-3, "batch_size": 32}
 _PHOTOGRAPHS: dict[str, Any] = {"data": "photographs", "batch": "images", "standardize": True}
 
 
@@ -58,6 +70,34 @@ PRESETS: dict[str, Preset] = {
         lambda steps: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps), lr=4e-3
     ),
     "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
+    "mae": Preset(
+        lambda steps: methods.MAE(_digit_vit("glorot"), decoder_dim=32, decoder_depth=1, decoder_heads=4),
+        **_DIGITS,
+    ),
+    "simmim": Preset(lambda steps: methods.SimMIM(_digit_vit("normal"), mask_patch_size=2), **_DIGITS),
+    "videomae": Preset(
+        lambda steps: methods.VideoMAE(
+            _clip_vit(),
+            mask_ratio=0.75,
+            norm_pix_loss=False,
+            decoder_dim=32,
+            decoder_depth=1,
+            decoder_heads=4,
+        ),
+        **_CLIPS,
+    ),
+    "vjepa": Preset(
+        lambda steps: methods.VJEPA(
+            _clip_vit(),
+            predictor_dim=32,
+            predictor_depth=2,
+            predictor_heads=4,
+            momentum=0.97,
+            final_momentum=1.0,
+            total_steps=steps,
+        ),
+        **_CLIPS,
+    ),
     "ijepa": Preset(
         lambda steps: methods.IJEPA(
             _vit(class_token=False),

@@ -46,7 +46,7 @@ class MaskedDecoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, out_dim)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        init_linear(self)
+        init_linear(self, "glorot")
 
     def forward(self, tokens: Tensor, visible: Tensor, grid: Sequence[int], wanted: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
@@ -92,7 +92,7 @@ class Predictor(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.project = nn.Linear(embed_dim, out_dim or in_dim)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
-        init_linear(self)
+        init_linear(self, "normal")
 
     def forward(
         self, context: Tensor, context_ids: Tensor, target_ids: Tensor, grid: Sequence[int], *, mask: int = 0

@@ -75,6 +75,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
         class_token: bool = True,
+        weight_init: str = "normal",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -99,7 +100,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
-        init_linear(self)
+        init_linear(self, weight_init)
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         """How many patches x has along each side: (H / p, W / q), or (T / t, H / p, W / q)."""
@@ -156,11 +157,17 @@ class VisionTransformer(nn.Module):
         return self.pool(self.forward_features(x))
 
 
-def init_linear(module: nn.Module) -> None:
-    """Weights of linear layers uniform after Glorot, as MAE's; biases zero."""
+def init_linear(module: nn.Module, weight_init: str) -> None:
+    """Weights of linear layers "normal", of standard deviation 0.02 and cut at 2 (BEiT, the JEPAs), or uniform after
+    "glorot" (MAE), which is wider the narrower the network is; biases zero."""
+    if weight_init not in ("normal", "glorot"):
+        raise ValueError(f'weight_init must be "normal" or "glorot", got {weight_init!r}')
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
+            if weight_init == "normal":
+                nn.init.trunc_normal_(part.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 

@@ -40,6 +40,10 @@ LEARNS = {
     "siglip": Learns(0.7, 0.05, 0.94),  # 0.45, 0.76 -> 0.98
     "byol": Learns(0.5, 0.05),  # 0.2, 0.76 -> 0.85: its target is a random network at first
     "simsiam": Learns(-25, 0.1),  # from 0.01 to -0.74, 0.76 -> 0.93
+    "mae": Learns(0.5, 0.08, spread=0.01),  # 0.24, 0.47 -> 0.66
+    "simmim": Learns(0.8, 0.08, how="probe", spread=0.05),  # 0.69, 0.64 -> 0.81
+    "videomae": Learns(0.8, 0.05, how="probe", spread=0.2),
+    "vjepa": Learns(0.9, 0.05, how="probe", spread=0.2),
     "ijepa": Learns(0.7, 0.05, how="probe"),
     "data2vec": Learns(0.7, 0.08, spread=0.1),
 }
