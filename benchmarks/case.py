@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -79,7 +80,7 @@ class Floor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def step(self, inputs: Inputs, shape: dict[str, int]) -> Step: ...
+    def step(self, inputs: Inputs, shape: dict[str, int], batches: int = 1) -> Step: ...
 
     def describe(self, shape: dict[str, int]) -> dict[str, int]: ...
 
@@ -98,6 +99,7 @@ class Case:
     goals: tuple[Goal, ...] = field(default=())
     variant: str = ""  # tells apart cases of one op and shape
     changes: tuple[str, ...] = ()  # inputs that a call overwrites
+    fresh: bool = False  # timed on one batch after the other, so that none is in a cache
     memory: bool = True  # whether peak memory says anything
     images_per_row: float = 0  # encoder passes (forward + backward) that one row of N costs in training; 0: no share
 
@@ -119,10 +121,12 @@ class Case:
     def tiny(self) -> Case:
         return self.sized(**{name: min(size, limit) for name, limit in TINY.items() if (size := self.shape.get(name))})
 
-    def step(self, name: str, inputs: Inputs) -> Step:
+    def step(self, name: str, inputs: Inputs, *more: Inputs) -> Step:
+        """On `inputs`, or on these and `more` in turn."""
         if self.floor and name == self.floor.name:
-            return self.floor.step(inputs, self.shape)
-        return ContenderStep(self.contender(name), inputs, self.changes)
+            return self.floor.step(inputs, self.shape, 1 + len(more))
+        steps = [ContenderStep(self.contender(name), batch, self.changes) for batch in (inputs, *more)]
+        return Rotation(steps) if more else steps[0]
 
     def floors(self) -> list[str]:
         return [self.floor.name] if self.floor else []
@@ -131,12 +135,14 @@ class Case:
 TINY = {"N": 24, "D": 16, "K": 96, "classes": 5, "B": 4, "pixels": 48, "L": 196, "T": 120, "grid": 14, "blocks": 1}
 
 
-def recast(value: Any, dtype: torch.dtype) -> Any:
+def recast(value: Any, dtype: torch.dtype | None) -> Any:
+    """In another dtype where it is floating; without one, a copy that keeps its strides."""
     if isinstance(value, list):
         return [recast(v, dtype) for v in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or (dtype and not value.is_floating_point()):
         return value
-    return value.detach().to(dtype).requires_grad_(value.requires_grad)
+    copied = value.detach().to(dtype) if dtype else value.detach().clone()
+    return copied.requires_grad_(value.requires_grad)
 
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:
@@ -147,12 +153,17 @@ def tensors(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
+@cache
+def compile_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(call, dynamic=False)
+
+
 class ContenderStep:
     """Forward is the call, backward the gradient of every leaf. `attached`: the leaves are those of `inputs`, even
     where `prepare` lays them out anew; a timed step starts from what `prepare` made."""
 
     def __init__(self, contender: Contender, inputs: Inputs, changes: Sequence[str] = (), attached: bool = False):
-        self.call = torch.compile(contender.call, dynamic=False) if contender.compile else contender.call
+        self.call = compile_once(contender.call) if contender.compile else contender.call
         prepared = contender.prepare({k: v for k, v in inputs.items() if k != COTANGENT})
         if not attached:
             # A leaf of the case stays the tensor that it is: its memory is there before a step.
@@ -174,3 +185,21 @@ class ContenderStep:
 
     def backward(self, output: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, self.leaves, self.cotangent) if self.leaves else ()
+
+
+class Rotation:
+    """Steps that take turns."""
+
+    def __init__(self, steps: Sequence[Step]):
+        self.steps, self.turn = steps, -1
+
+    def restore(self) -> None:
+        for step in self.steps:
+            step.restore()
+
+    def forward(self) -> Any:
+        self.turn = (self.turn + 1) % len(self.steps)
+        return self.steps[self.turn].forward()
+
+    def backward(self, output: Any) -> Any:
+        return self.steps[self.turn].backward(output)

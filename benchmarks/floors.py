@@ -20,7 +20,7 @@ class Gemms:
     count: int  # 2 (only rows have a gradient) or 3
     name = "gemm"
 
-    def step(self, inputs: Inputs, shape: dict[str, int]) -> GemmStep:
+    def step(self, inputs: Inputs, shape: dict[str, int], batches: int = 1) -> GemmStep:
         return GemmStep(*self.operands(inputs), self.count)
 
     def describe(self, shape: dict[str, int]) -> dict[str, int]:
@@ -55,24 +55,27 @@ class Copy:
     parts: Callable[..., dict[str, int]]
     name = "copy"
 
-    def step(self, inputs: Inputs, shape: dict[str, int]) -> CopyStep:
-        return CopyStep(sum(self.parts(**shape).values()))
+    def step(self, inputs: Inputs, shape: dict[str, int], batches: int = 1) -> CopyStep:
+        return CopyStep(sum(self.parts(**shape).values()), batches)
 
     def describe(self, shape: dict[str, int]) -> dict[str, int]:
         return self.parts(**shape)
 
 
 class CopyStep:
-    def __init__(self, count: int):
+    """From one of `batches` sources after the other into one target: a result's memory is used again."""
+
+    def __init__(self, count: int, batches: int = 1):
         # Half of the bytes are read, half are written. Ones: pages of zeros would all be the same one.
-        self.source = torch.ones(count // 8)
-        self.target = torch.zeros_like(self.source)
+        self.sources, self.turn = [torch.ones(count // 8) for _ in range(batches)], -1
+        self.target = torch.zeros_like(self.sources[0])
 
     def restore(self) -> None:
         pass
 
     def forward(self) -> Tensor:
-        return self.target.copy_(self.source)
+        self.turn = (self.turn + 1) % len(self.sources)
+        return self.target.copy_(self.sources[self.turn])
 
     def backward(self, output: Tensor) -> None:
         pass

@@ -127,25 +127,29 @@ IMAGES = {"B": 64, "pixels": 224}
 CASES = (
     Case(
         "embed_patches", "embed_patches", {**IMAGES, "D": 768}, embed_inputs, contenders.EMBED,
-        eager=("mae", "lightly"), formula=formulas.embed, goals=(faster("eager", 5.5), faster("lean", 1.15)),
+        eager=("mae", "lightly"), fresh=True, formula=formulas.embed,
+        goals=(faster("eager", 5.5), faster("lean", 1.15)),
     ),
     Case(
         "gather_patches", "gather_patches", IMAGES, gather_inputs, contenders.GATHER,
-        eager=("lightly",), formula=formulas.gather_patches, floor=Copy(gather_bytes), goals=(within("copy", 1.5),),
+        eager=("lightly",), fresh=True, formula=formulas.gather_patches, floor=Copy(gather_bytes),
+        goals=(within("copy", 1.5),),
     ),
     Case(
         "gather_patches-channels_last", "gather_patches", IMAGES, channels_last_inputs, contenders.GATHER,
-        eager=("lightly",), formula=formulas.gather_patches, floor=Copy(gather_bytes), goals=(within("copy", 1.5),),
+        eager=("lightly",), fresh=True, formula=formulas.gather_patches, floor=Copy(gather_bytes),
+        goals=(within("copy", 1.5),),
         variant="channels_last",
     ),
     Case(
         "gather_patches-uint8", "gather_patches", IMAGES, uint8_inputs, contenders.GATHER_UINT8,
-        eager=("lightly",), formula=formulas.gather_uint8, floor=Copy(lambda B, pixels: gather_bytes(B, pixels, 1)),
+        eager=("lightly",), fresh=True, formula=formulas.gather_uint8,
+        floor=Copy(lambda B, pixels: gather_bytes(B, pixels, 1)),
         variant="uint8, channels_last, normalised",
     ),
     Case(
         "masked_patch_loss", "masked_patch_loss", IMAGES, loss_inputs, contenders.LOSS,
-        eager=("mae", "transformers"), formula=formulas.masked_patch_loss, floor=Copy(loss_bytes),
+        eager=("mae", "transformers"), fresh=True, formula=formulas.masked_patch_loss, floor=Copy(loss_bytes),
         goals=(
             faster("eager", 8.0), faster("mae+compile", 5.0), faster("lean", 5.0), faster("lean+compile", 5.0),
             within("copy", 2.0),
@@ -153,11 +157,12 @@ CASES = (
     ),
     Case(
         "masked_patch_loss-video", "masked_patch_loss", {"B": 4, "pixels": 224}, tube_inputs, contenders.TUBE_LOSS,
-        eager=("videomae",), formula=formulas.masked_tube_loss, floor=Copy(tube_bytes), variant="16 frames, by channel",
+        eager=("videomae",), fresh=True, formula=formulas.masked_tube_loss, floor=Copy(tube_bytes),
+        variant="16 frames, by channel",
     ),
     Case(
         "restore_tokens", "restore_tokens", {"B": 64, "L": 196, "D": 512}, restore_inputs, contenders.RESTORE,
-        eager=("mae", "lightly"), formula=formulas.restore_tokens, floor=Copy(restore_bytes),
+        eager=("mae", "lightly"), fresh=True, formula=formulas.restore_tokens, floor=Copy(restore_bytes),
         goals=(faster("eager", 2.0),),
     ),
 )  # fmt: skip

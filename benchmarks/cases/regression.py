@@ -45,11 +45,11 @@ def layers_bytes(B: int, L: int, D: int) -> dict[str, int]:
 CASES = (
     Case(
         "masked_regression", "masked_regression", {"B": 64, "grid": 16, "D": 768}, jepa_inputs, contenders.JEPA,
-        eager=("ijepa",), formula=formulas.jepa, floor=Copy(jepa_bytes), goals=(faster("eager", 3.0),),
+        eager=("ijepa",), fresh=True, formula=formulas.jepa, floor=Copy(jepa_bytes), goals=(faster("eager", 3.0),),
         variant="I-JEPA",
     ),
     Case(
         "average_layers", "average_layers", {"B": 16, "L": 196, "D": 768}, layers_inputs, contenders.TARGETS,
-        eager=("data2vec",), formula=formulas.layer_targets, floor=Copy(layers_bytes), variant="10 layers",
+        eager=("data2vec",), fresh=True, formula=formulas.layer_targets, floor=Copy(layers_bytes), variant="10 layers",
     ),
 )  # fmt: skip

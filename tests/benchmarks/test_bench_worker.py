@@ -176,12 +176,35 @@ def test_a_random_result_is_judged_by_what_must_hold():
     assert step.backward(step.forward()) == ()
 
 
+def test_fresh_batches_are_copies_which_steps_take_in_turn(monkeypatch):
+    monkeypatch.setattr(worker, "FRESH", 500_000)
+    case = find("gather_patches-channels_last").tiny()
+    made = worker.batches(case)
+    size = made[0]["images"].nbytes + made[0]["ids"].nbytes
+    assert len(made) == -(-500_000 // size) > 1
+    assert len({batch["images"].data_ptr() for batch in made}) == len(made)
+    assert all(same(batch["images"], made[0]["images"]) for batch in made)
+    assert {batch["images"].stride() for batch in made} == {made[0]["images"].stride()}
+    assert len(worker.batches(replace(case, fresh=False))) == 1
+
+    seen = []
+    watch = Contender("watch", lambda images, ids, patch_size: seen.append(images.data_ptr()), "")
+    step = replace(case, contenders=(watch,)).step("watch", *made)
+    for _ in range(len(made) + 1):
+        step.backward(step.forward())
+    assert len(set(seen)) == len(made) and seen[0] == seen[-1]
+    floor = case.step("copy", *made)
+    assert len({source.data_ptr() for source in floor.sources}) == len(made)
+    assert floor.forward() is floor.forward()  # into one target
+
+
 def test_copy_floor_moves_as_many_bytes_as_its_case_counts():
     floor = Copy(lambda B, D: {"read x": 4 * B * D, "write y": 12 * B * D})
     step = floor.step({}, {"B": 2, "D": 8})
     copied = step.forward()
-    assert step.source.nbytes + copied.nbytes == 16 * 2 * 8 and torch.equal(copied, step.source)
-    assert copied.data_ptr() != step.source.data_ptr()
+    (source,) = step.sources
+    assert source.nbytes + copied.nbytes == 16 * 2 * 8 and torch.equal(copied, source)
+    assert copied.data_ptr() != source.data_ptr()
 
 
 def test_gemm_floor_does_the_products():
