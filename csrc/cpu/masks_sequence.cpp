@@ -38,23 +38,25 @@ Tensor span_mask(const Tensor& seed, i64 batch, i64 length, const Optional& leng
                  i64 min_spans) {
   Tensor out = empty({batch, length}, ScalarType::Bool);
   const Rows<i64> sizes(lengths);
-  over_samples(batch, 3.0 * length, [&](Range rows) {
-    std::vector<uint32_t> keys;
-    Subset subset;
+  over_samples(batch, 100.0 + length, [&](Range rows) {
+    std::vector<uint32_t> draws;
+    std::vector<uint8_t> begins(length);
     for (i64 b = rows.begin; b < rows.end; ++b) {
       const Words words(seed, kSpan, b);
       uint8_t* mask = data<uint8_t>(out) + b * length;
+      std::memset(mask, 0, length);
+      std::fill(begins.begin(), begins.end(), 0);
       const i64 size = size_of(sizes, b, length), starts = std::max<i64>(size - span + 1, 0);
-      const i64 spans = static_cast<i64>(std::floor(ratio * size / span + fraction(words.at(1, 0))));
-      const uint32_t* key = words.all(0, starts, keys);
-      const uint64_t limit = subset.cut(key, starts, std::max(spans, min_spans));
-      i64 end = 0;
-      for (i64 i = 0; i < starts; ++i) {
-        if (Subset::code(key[i], i) < limit)
-          end = i + span;
-        mask[i] = i < end;
+      const i64 drawn = static_cast<i64>(std::floor(ratio * size / span + fraction(words.at(1, 0))));
+      const i64 count = std::min(std::max(drawn, min_spans), starts);
+      words.all(0, count, draws);
+      // Floyd's way to choose `count` of `starts`
+      for (i64 step = 0; step < count; ++step) {
+        const i64 last = starts - count + step, place = below(draws[step], last + 1),
+                  start = begins[place] ? last : place;
+        begins[start] = 1;
+        std::memset(mask + start, 1, span);
       }
-      for (i64 i = starts; i < length; ++i) mask[i] = i < end;
     }
   });
   return out;
@@ -159,7 +161,7 @@ Pair token_mask(const Tensor& seed, const Tensor& tokens_tensor, const Optional&
   const Rows<i64> sizes(lengths), ids(word_ids);
   const Rows<uint8_t> specials(special);
   over_samples(batch, 8.0 * length, [&](Range rows) {
-    std::vector<uint32_t> keys;
+    std::vector<uint32_t> keys, draws;
     std::vector<uint8_t> candidate(length), chosen(length);
     std::vector<uint64_t> order;
     Subset subset;
@@ -186,15 +188,16 @@ Pair token_mask(const Tensor& seed, const Tensor& tokens_tensor, const Optional&
       }
       const i64* token = static_cast<const i64*>(tokens.const_data_ptr()) + b * length;
       i64 *input = data<i64>(inputs) + b * length, *label = data<i64>(labels) + b * length;
+      const uint32_t* draw = words.all(1, 2 * std::min(budget, counted), draws);
       for (i64 i = 0; i < length; ++i) {
         input[i] = token[i];
         label[i] = ignore_index;
         if (!chosen[i])
           continue;
-        const auto draw = words.four(1, i);
         const double u = fraction(draw[0]);
         label[i] = token[i];
         input[i] = u < masked ? mask_token : u < changed ? below(draw[1], vocab_size) : token[i];
+        draw += 2;
       }
     }
   });

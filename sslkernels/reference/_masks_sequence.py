@@ -29,12 +29,23 @@ def _sizes(seed: Tensor, batch: int, length: int, lengths: Tensor | None) -> Ten
 def span_mask(
     seed: Tensor, batch: int, length: int, lengths: Tensor | None, ratio: float, span: int, min_spans: int
 ) -> Tensor:
-    """Spans of fixed length from distinct random starts; they may overlap: (B, L) bool."""
+    """Spans of fixed length from distinct random starts; they may overlap: (B, L) bool.
+
+    Floyd's way to choose `count` of `starts`: step s takes a place up to starts - count + s, or that if it is taken.
+    """
     index, size = torch.arange(length, device=seed.device), _sizes(seed, batch, length, lengths)
     starts = (size - span + 1).clamp(min=0)
     chance = fraction(words(seed, SPAN, batch, 1, index[:1]))
     count = (ratio * size.to(torch.float64) / span + chance).floor().to(torch.int64).clamp(min=min_spans)
-    begins = _rank(words(seed, SPAN, batch, 0, index), index >= starts) < torch.minimum(count, starts)
+    count = torch.minimum(count, starts)
+    most = min(length - span + 1, max(int(ratio * length / span + 1), min_spans))
+    begins = torch.zeros(batch, length, dtype=torch.bool, device=seed.device)
+    draws = words(seed, SPAN, batch, 0, torch.arange(most, device=seed.device))
+    for step, word in enumerate(draws.split(1, dim=1)):
+        last = (starts - count + step).clamp(max=length - 1)
+        place = philox.below(word, last + 1)
+        place = torch.where(begins.gather(1, place), last, place)
+        begins = begins.scatter(1, place, begins.gather(1, place) | (step < count))
     opened = begins.cumsum(1)
     closed = torch.nn.functional.pad(opened, (span, 0))[:, :length]
     return opened > closed
@@ -142,8 +153,9 @@ def token_mask(
         chosen = candidate & (_rank(key, ~candidate) < budget)
     else:
         chosen = _whole_words(key, candidate, word, budget)
-    u = fraction(words(seed, TOKEN, batch, 1, 4 * index))
-    other = philox.below(words(seed, TOKEN, batch, 1, 4 * index + 1), vocab_size)
+    draw = 2 * (chosen.cumsum(1) - 1).clamp(min=0)  # two words for each of the chosen
+    u = fraction(words(seed, TOKEN, batch, 1, draw))
+    other = philox.below(words(seed, TOKEN, batch, 1, draw + 1), vocab_size)
     replaced = torch.where(u < masked, mask_token, torch.where(u < changed, other, tokens))
     return torch.where(chosen, replaced, tokens), torch.where(chosen, tokens, ignore_index)
 
