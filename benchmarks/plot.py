@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.report import BLURRED
 from benchmarks.stats import OURS, fastest, speedup
 
-LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fontsize": "small", "frameon": False}
+LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 1, "fontsize": "small", "frameon": False}
 
 
 def label(record: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
     if not records:
         return False
     weighed = any(r["memory"] for r in records)
-    size = (13 if weighed else 9, 1.6 + 0.42 * len(records))
+    size = (14 if weighed else 10, 1.6 + 0.42 * len(records))
     figure, axes = plt.subplots(1, 1 + weighed, figsize=size, sharey=True, squeeze=False)
     speed = axes[0, 0]
     rows = range(len(records))
@@ -65,7 +65,7 @@ def draw(results: dict[str, Any], path: Path, regime: str = "kept") -> bool:
     speed.set_yticks(list(rows), [label(r) for r in records])
     speed.margins(y=0.02)
     speed.invert_yaxis()
-    speed.set_xlabel(f"times faster, forward + backward where there is one (memory {regime}; whiskers: quartiles)")
+    speed.set_xlabel(f"times faster (memory {regime}; whiskers: quartiles)")
     speed.legend(**LEGEND)
     if weighed:
         draw_memory(axes[0, 1], records, regime)
