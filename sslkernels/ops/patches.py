@@ -178,7 +178,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     if ids.ndim not in (2, 3) or not (shared or ids.shape[0] == tokens.shape[0]):
         batch = "B" if shared else tokens.shape[0]
         raise ValueError(f"ids must have shape ({batch}, K) or ({batch}, M, K), got {tuple(ids.shape)}")
-    rows = ids.reshape(1 if shared else ids.shape[0], -1)
+    rows = ids.reshape(1, ids.numel()) if shared else ids.flatten(1)
     table = tokens.unsqueeze(0) if shared else tokens
     out = _call(rows, table.shape[1], False, op.gather_tokens, table, rows)
     return out.view(*ids.shape, tokens.shape[-1])
