@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.case import COTANGENT, Case, Inputs, faster, within
 from benchmarks.contenders import patches as contenders
-from benchmarks.floors import Copy
+from benchmarks.floors import Copy, Gemms
 from benchmarks.formulas import patches as formulas
 
 PATCH = 16
@@ -71,6 +71,12 @@ def embed_inputs(generator: torch.Generator, B: int, pixels: int, D: int) -> Inp
     }  # fmt: skip
 
 
+def products(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The visible patches by the weight; the weight's gradient is as large a product."""
+    patches = contenders.lean_gather(inputs["images"], inputs["ids"], PATCH)
+    return patches.flatten(0, 1), inputs["weight"].detach().flatten(1)
+
+
 def loss_inputs(generator: torch.Generator, B: int, pixels: int) -> Inputs:
     """A row of pred for every patch, as MAE's decoder has it."""
     length = patches_of(pixels)
@@ -127,7 +133,7 @@ IMAGES = {"B": 64, "pixels": 224}
 CASES = (
     Case(
         "embed_patches", "embed_patches", {**IMAGES, "D": 768}, embed_inputs, contenders.EMBED,
-        eager=("mae", "lightly"), fresh=True, formula=formulas.embed,
+        eager=("mae", "lightly"), fresh=True, formula=formulas.embed, floor=Gemms(products, 2),
         goals=(faster("eager", 5.5), faster("lean", 1.15)),
     ),
     Case(
