@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Contender, ContenderStep, Inputs, tensors
-from benchmarks.contenders import contrastive, ema, masks, patches
+from benchmarks.contenders import contrastive, ema, masks, masks_sequence, patches
 from benchmarks.stats import OURS, summary
 from benchmarks.worker import interleave, relative_error
 
@@ -112,11 +112,11 @@ PEERS: dict[Callable[..., Tensor], Peer] = {
         "lightly.models.utils",
         lambda m, i: m.random_token_mask((i["B"], i["L"]), mask_ratio=0.75, mask_class_token=True),
     ),
-    masks.transformers_spans: Peer(
+    masks_sequence.transformers_spans: Peer(
         "transformers.models.wav2vec2.modeling_wav2vec2",
         lambda m, i: torch.from_numpy(m._compute_mask_indices((i["B"], i["T"]), i["ratio"], i["span"])),
     ),
-    masks.transformers_tokens: Peer("transformers.data.data_collator", collated_tokens),
+    masks_sequence.transformers_tokens: Peer("transformers.data.data_collator", collated_tokens),
     ema.lightly: Peer("lightly.models.utils", lightly_momentum),
     ema.timm: Peer("timm.utils.model_ema", timm_average),
 }  # fmt: skip

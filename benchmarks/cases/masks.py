@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.case import Case, Goal, Inputs, faster
 from benchmarks.contenders import masks as contenders
+from benchmarks.contenders import masks_sequence as sequence
 from benchmarks.formulas import masks as formulas
 
 VOCABULARY = 30522  # BERT's
@@ -71,11 +72,11 @@ CASES = (
         "data2vec", formulas.inverse_block, variant="data2vec 2.0",
     ),
     mask(
-        "span_mask", {"B": 128, "T": 500}, arguments(ratio=0.65, span=10), contenders.SPAN, "transformers",
+        "span_mask", {"B": 128, "T": 500}, arguments(ratio=0.65, span=10), sequence.SPAN, "transformers",
         formulas.span, faster("eager", 20.0), variant="wav2vec 2.0",
     ),
-    mask("token_mask", {"B": 128, "T": 512}, token_inputs, contenders.TOKEN, "transformers", formulas.token,
+    mask("token_mask", {"B": 128, "T": 512}, token_inputs, sequence.TOKEN, "transformers", formulas.token,
          variant="BERT"),
-    mask("span_corruption", {"B": 128, "T": 568}, corruption_inputs, contenders.CORRUPTION, "transformers",
+    mask("span_corruption", {"B": 128, "T": 568}, corruption_inputs, sequence.CORRUPTION, "transformers",
          formulas.corruption, variant="T5"),
 )  # fmt: skip
