@@ -58,6 +58,59 @@ def _gather_patches_autograd(ctx, grad):
 differentiable(gather_patches, setup_context=_gather_patches_setup, backward=_gather_patches_autograd)
 once_differentiable(gather_patches_backward)
 
+# embed_patches: the patches are kept for the gradient of the weight
+
+
+def _embed_patches_fake(images, ids, weight, bias, position, patch_size, channels_last, mean_std):
+    patches = _gather_patches_fake(images, ids, patch_size, channels_last, mean_std, weight.dtype)
+    return images.new_empty((*patches.shape[:2], weight.shape[0]), dtype=weight.dtype), patches
+
+
+def _embed_patches_backward_fake(grad, patches, ids, weight, length, output_mask):
+    dim = weight.shape[0]
+    shapes = (patches.shape, weight.shape, (dim,), (length, dim))
+    return tuple(grad.new_empty(tuple(shape) if wanted else (0,)) for shape, wanted in zip(shapes, output_mask))
+
+
+embed_patches = define(
+    "embed_patches(Tensor images, Tensor? ids, Tensor weight, Tensor? bias, Tensor? position, int[] patch_size,"
+    " bool channels_last, Tensor? mean_std) -> (Tensor out, Tensor patches)",
+    reference=reference.embed_patches,
+    fake=_embed_patches_fake,
+)
+embed_patches_backward = define(
+    "embed_patches_backward(Tensor grad, Tensor patches, Tensor? ids, Tensor weight, SymInt length,"
+    " bool[4] output_mask) -> (Tensor dpatches, Tensor dweight, Tensor dbias, Tensor dposition)",
+    reference=reference.embed_patches_backward,
+    fake=_embed_patches_backward_fake,
+    everywhere=True,  # two products and two sums
+)
+
+
+def _embed_patches_setup(ctx, inputs, output) -> None:
+    images, ids, weight, _, position, ctx.patch_size, ctx.channels_last, mean_std = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.shape, ctx.dtype, ctx.length = images.shape, images.dtype, 0 if position is None else position.shape[0]
+    ctx.save_for_backward(output[1], ids, weight, mean_std)
+
+
+def _embed_patches_autograd(ctx, grad, unused):
+    if grad is None:
+        return (None,) * 8
+    patches, ids, weight, mean_std = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
+    gradients = embed_patches_backward(grad, patches, ids, weight, ctx.length, mask)
+    dpatches, *rest = (g if m else None for g, m in zip(gradients, mask))
+    images = None
+    if mask[0]:
+        options = (ctx.shape, ctx.patch_size, ctx.channels_last, mean_std, ctx.dtype)
+        images = gather_patches_backward(dpatches, ids, *options)
+    return images, None, *rest, None, None, None
+
+
+differentiable(embed_patches, setup_context=_embed_patches_setup, backward=_embed_patches_autograd)
+once_differentiable(embed_patches_backward)
+
 # gather_tokens
 
 gather_tokens = define(

@@ -137,16 +137,16 @@ def embed_patches(
         raise ValueError(f"position must have shape ({length}, {dim}), got {tuple(position.shape)}")
     casts = autocasts(images)
     dtype = torch.get_autocast_dtype(images.device.type) if casts else weight.dtype
-    patches = gather_patches(images, ids, patch_size, channels_last=channels_last, mean=mean, std=std, dtype=dtype)
-    if position is None or casts or position.dtype != dtype or patches.numel() == 0:
-        out = F.linear(patches, weight.flatten(1), bias)
+    matrix = weight.flatten(1)
+    same = all(x is None or x.dtype == dtype for x in (bias, position))
+    if casts or not same or dtype not in (torch.float32, torch.float64) or images.dtype == torch.float64 != dtype:
+        patches = gather_patches(images, ids, patch_size, channels_last=channels_last, mean=mean, std=std, dtype=dtype)
+        out = F.linear(patches, matrix, bias)
         return out if position is None else out + (position if ids is None else gather_tokens(position, ids))
-    # the product is added to the positions: a sum afterwards would be two passes more
-    if ids is None:
-        ids = torch.arange(length, device=images.device)
-    table = position if bias is None else position + bias
-    start = gather_tokens(table, ids.expand(patches.shape[0], -1))  # (B, K, D)
-    return torch.addmm(start.view(-1, dim), patches.view(-1, values), weight.flatten(1).t()).view(start.shape)
+    places = None if ids is None else _check_ids("ids", ids, images.shape[0], images)
+    mean_std = _mean_std(mean, std, images, dtype)
+    tensors = (images, places, matrix, bias, position)
+    return _call(places, length, False, op.embed_patches, *tensors, patch, channels_last, mean_std)[0]
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ the CPU are checked, which raises; elsewhere a bad one makes NaN.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from sslkernels import _checks as check
 from sslkernels.reference import patches as reference
@@ -47,6 +48,30 @@ def gather_patches_backward(grad, ids, shape, patch_size, channels_last, mean_st
     if mean_std is not None:
         out = out / mean_std[1].to(out.dtype).view(-1, *(1,) * (len(shape) - 2))
     return out.to(dtype).contiguous()
+
+
+def embed_patches(images, ids, weight, bias, position, patch_size, channels_last, mean_std):
+    patches = gather_patches(images, ids, patch_size, channels_last, mean_std, weight.dtype)
+    out = F.linear(patches, weight, bias)
+    if position is not None:
+        out = out + (position if ids is None else reference.gather_tokens(position, ids))
+    return out, patches
+
+
+def embed_patches_backward(grad, patches, ids, weight, length, output_mask):
+    """Gradients of the patches, weight, bias and position."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    none = grad.new_empty(0)
+    dpatches = (rows @ weight).view(patches.shape) if output_mask[0] else none
+    dweight = rows.mT @ patches.view(-1, patches.shape[-1]) if output_mask[1] else none
+    dposition = none
+    if output_mask[3] and ids is None:
+        dposition = grad.sum(0)
+    elif output_mask[3]:
+        table = torch.ops.sslkernels.gather_tokens_backward(rows.unsqueeze(0), ids.reshape(1, -1), length)
+        dposition = table.squeeze(0)
+    dbias = (dposition if output_mask[3] else rows).sum(0) if output_mask[2] else none
+    return dpatches, dweight, dbias, dposition
 
 
 def gather_tokens(tokens, ids):
