@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m sslkernels info [--json]`."""
+"""`python -m sslkernels info [--json]` and `python -m sslkernels show mae`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from sslkernels import info
+from sslkernels import info, show
 
 
 def main() -> None:
@@ -14,7 +14,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, libraries, devices, and what serves each op")
     command.add_argument("--json", action="store_true", help="for machines")
+    show.add_arguments(commands.add_parser("show", help="train a method for a minute and draw what it does"))
     arguments = parser.parse_args()
+    if arguments.command == "show":
+        show.main(arguments)
+        return
     facts = info.gather()
     print(json.dumps(facts, indent=2) if arguments.json else info.text(facts))
 
