@@ -52,8 +52,8 @@ def _digit_vit(weight_init: str) -> VisionTransformer:
     )
 
 
-def _clip_vit() -> VisionTransformer:
-    return VisionTransformer(patch_size=(2, 8, 8), embed_dim=64, depth=2, class_token=False)
+def _clip_vit(patch_size: tuple[int, ...]) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, class_token=False)
 
 
 _DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
     "simmim": Preset(lambda steps: methods.SimMIM(_digit_vit("normal"), mask_patch_size=2), **_DIGITS),
     "videomae": Preset(
         lambda steps: methods.VideoMAE(
-            _clip_vit(),
+            _clip_vit((2, 8, 8)),
             mask_ratio=0.75,
             norm_pix_loss=False,
             decoder_dim=32,
@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "vjepa": Preset(
         lambda steps: methods.VJEPA(
-            _clip_vit(),
+            _clip_vit((4, 4, 4)),
             predictor_dim=32,
             predictor_depth=2,
             predictor_heads=4,
@@ -96,7 +96,7 @@ PRESETS: dict[str, Preset] = {
             final_momentum=1.0,
             total_steps=steps,
         ),
-        **_CLIPS,
+        **{**_CLIPS, "lr": 2e-3, "batch_size": 16},
     ),
     "ijepa": Preset(
         lambda steps: methods.IJEPA(
