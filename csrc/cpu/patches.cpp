@@ -2,6 +2,10 @@
 // Patches taken out of images, put back, and moved about.
 #include "cpu/patches.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #define SSLKERNELS_LEAVES "cpu/patches.inl"
 #include "cpu/multiversion.inl"
 
@@ -15,6 +19,14 @@ void Pixels<T>::read(const void* src, const PatchShape& shape, bool channels_las
   SSLKERNELS_AT_LEVEL(read_patch(src, dtype_, shape, channels_last, dst, shift_.data(), factor()));
 }
 
+void stream(const void* src, void* dst, i64 bytes) { SSLKERNELS_AT_LEVEL(stream_bytes(src, dst, bytes)); }
+
+void finish_streams() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
 template void Pixels<float>::read(const void*, const PatchShape&, bool, float*) const;
 template void Pixels<double>::read(const void*, const PatchShape&, bool, double*) const;
 
@@ -26,7 +38,8 @@ void gather(const Grid& grid, const std::optional<Ids>& ids, bool channels_last,
   const i64 count = out.size(1), values = out.size(2), rows = grid.batch * count;
   const i64 bytes = static_cast<i64>(out.element_size());
   char* dst = static_cast<char*>(out.mutable_data_ptr());
-  const bool direct = out.scalar_type() == kScalar<T>;
+  const bool past_caches = rows * values * bytes >= kStreamBytes;
+  const bool same = out.scalar_type() == kScalar<T>, direct = same && !past_caches;
   const auto place = [&](i64 i) { return grid.at(i / count, ids ? (*ids)[i] : i % count); };
   over_rows(rows, kFlopsAnElement * rows * values, [&](Range mine) {
     Buffer<T> scratch(direct ? 0 : values);
@@ -36,9 +49,12 @@ void gather(const Grid& grid, const std::optional<Ids>& ids, bool channels_last,
       char* row = dst + i * values * bytes;
       T* to = direct ? reinterpret_cast<T*>(row) : static_cast<T*>(scratch);
       pixels.read(place(i), grid.shape, channels_last, to);
-      if (!direct)
+      if (same && past_caches)
+        stream(to, row, values * bytes);
+      else if (!same)
         tiles<T>().store(to, row, kind(out), values, 1, values);
     }
+    finish_streams();
   });
 }
 

@@ -128,6 +128,11 @@ inline void prefetch(const char* src, const PatchShape& shape, i64 element_size)
   }
 }
 
+// A copy past the caches, for results larger than they are; a thread ends its copies with finish_streams().
+constexpr i64 kStreamBytes = i64(4) << 20;
+void stream(const void* src, void* dst, i64 bytes);
+void finish_streams();
+
 // f(zero of the type to compute in): double if asked for, else float
 template <typename F>
 auto with_type(bool wide, const F& f) {

@@ -151,3 +151,26 @@ LEAF void read_patch(const void* src, Dtype dtype, const PatchShape& s, bool cha
       return read_as<uint8_t>(src, s, channels_last, dst, shift, factor);
   }
 }
+
+// Copies past the caches: a store to memory that nobody has read lately would fetch the line first. Needs a fence
+// before another thread may look.
+LEAF void stream_bytes(const void* src, void* dst, i64 bytes) {
+#if defined(SSLKERNELS_MULTIVERSION)
+  constexpr i64 kLine = 64;
+  if (reinterpret_cast<uintptr_t>(dst) % kLine == 0 && bytes % kLine == 0) {
+    const char* from = static_cast<const char*>(src);
+    char* to = static_cast<char*>(dst);
+    for (i64 i = 0; i < bytes; i += kLine) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#else
+      for (i64 j = i; j < i + kLine; j += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + j),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
+#endif
+    }
+    return;
+  }
+#endif
+  std::memcpy(dst, src, bytes);
+}

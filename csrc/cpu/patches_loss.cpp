@@ -60,7 +60,9 @@ void sweep(const Tensor& pred, const Grid& grid, const Ids& ids, const Pixels<T>
   const std::vector<i64> inverse = aligned ? std::vector<i64>() : ids.inverse(per_sample);
   const i64 bytes = static_cast<i64>(pred.element_size());
   const bool pred_direct = pred.scalar_type() == kScalar<T> && pred.stride(2) == 1;
-  const bool grad_direct = grad && grad->scalar_type() == kScalar<T>;
+  const bool grad_same = grad && grad->scalar_type() == kScalar<T>;
+  const bool past_caches = grad_same && rows * values * static_cast<i64>(sizeof(T)) >= kStreamBytes;
+  const bool grad_direct = grad_same && !past_caches;
   const i64 grad_bytes = grad ? static_cast<i64>(grad->element_size()) : 0;
   const char* preds = static_cast<const char*>(pred.const_data_ptr());
   char* grads = grad ? static_cast<char*>(grad->mutable_data_ptr()) : nullptr;
@@ -69,13 +71,17 @@ void sweep(const Tensor& pred, const Grid& grid, const Ids& ids, const Pixels<T>
   const auto place = [&](i64 at) { return grid.at(at / ids.count, ids[at]); };
   over_rows(rows, kFlopsAnElement * ids.rows * ids.count * values, [&](Range mine) {
     Buffer<T> planes(values), target(values), pred_row(pred_direct ? 0 : values), grad_row(grad_direct ? 0 : values);
+    Buffer<T> zeros(past_caches ? values : 0);
+    std::fill_n(static_cast<T*>(zeros), past_caches ? values : 0, T(0));
     for (i64 i = mine.begin; i < mine.end; ++i) {
       if (i + 1 < mine.end && position(i + 1) >= 0)
         prefetch(place(position(i + 1)), grid.shape, grid.bytes);
       const i64 at = position(i);
       char* out = grad ? grads + i * values * grad_bytes : nullptr;
       if (at < 0) {
-        if (grad)
+        if (past_caches)
+          stream(zeros, out, values * grad_bytes);
+        else if (grad)
           std::memset(out, 0, values * grad_bytes);
         continue;
       }
@@ -89,9 +95,12 @@ void sweep(const Tensor& pred, const Grid& grid, const Ids& ids, const Pixels<T>
       const T sum = SSLKERNELS_AT_LEVEL(compare_values<T>(from, target, values, options.l1, s, to));
       if (sums)
         sums[at] = sum / static_cast<T>(values);
-      if (grad && !grad_direct)
+      if (past_caches)
+        stream(to, out, values * grad_bytes);
+      else if (grad && !grad_direct)
         tiles<T>().store(to, out, kind(*grad), values, 1, values);
     }
+    finish_streams();
   });
 }
 
