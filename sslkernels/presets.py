@@ -52,8 +52,8 @@ def _digit_vit(weight_init: str) -> VisionTransformer:
     )
 
 
-def _clip_vit(patch_size: tuple[int, ...]) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, class_token=False)
+def _clip_vit(patch_size: tuple[int, ...], weight_init: str = "normal") -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, class_token=False, weight_init=weight_init)
 
 
 _DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
@@ -77,8 +77,8 @@ PRESETS: dict[str, Preset] = {
     "simmim": Preset(lambda steps: methods.SimMIM(_digit_vit("normal"), mask_patch_size=2), **_DIGITS),
     "videomae": Preset(
         lambda steps: methods.VideoMAE(
-            _clip_vit((2, 8, 8)),
-            mask_ratio=0.75,
+            _clip_vit((4, 8, 8), "glorot"),
+            mask_ratio=0.5,
             norm_pix_loss=False,
             decoder_dim=32,
             decoder_depth=1,

@@ -15,7 +15,7 @@ from sslkernels import data
 from sslkernels.presets import PRESETS
 from sslkernels.training import Training
 
-STEPS = {"digits": 150, "photographs": 60, "clips": 60}  # a transformer's step takes longer
+STEPS = {"digits": 150, "photographs": 60, "clips": 100}  # a transformer's step takes longer
 
 
 @pytest.fixture
