@@ -17,7 +17,7 @@ from sslkernels.nn import VisionTransformer
 
 SIZE, PATCH = 48, 6
 # The photographs with something to paint, one held-out crop of each.
-SHOWN = ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "immunohistochemistry", "stereo_motorcycle")
+SHOWN = ("astronaut", "brick", "chelsea", "coffee", "coins", "immunohistochemistry", "retina", "stereo_motorcycle")
 MEAN, STD = (0.45, 0.43, 0.40), (0.27, 0.26, 0.27)  # of the photographs, roughly
 
 
