@@ -6,7 +6,6 @@ namespace sslkernels {
 
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Index = std::optional<i64>;
 
 template <typename T>

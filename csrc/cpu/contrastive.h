@@ -74,14 +74,6 @@ OneSweepResult one_sweep(const Tensor& q, const Tensor& k, T scale, const Exclus
 
 // What every op does with its arguments and results
 
-inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-// f(T{}) with the arithmetic type: double if any operand is, else float
-template <typename F>
-auto with_type(const Tensor& q, const Tensor& k, const F& f) {
-  return is_double(q) || is_double(k) ? f(double{}) : f(float{});
-}
-
 template <typename T>
 T value(const std::optional<Tensor>& tensor, double number) {
   if (!tensor)

@@ -6,7 +6,6 @@ namespace sslkernels {
 
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Index = std::optional<i64>;
 
 // loss = sum_i weight_i softplus(lse_i - positive_i), or without the softplus where decoupled

@@ -4,9 +4,6 @@
 
 namespace sslkernels {
 
-// what an element costs beside the product of a tile, in its flops: these loops wait for memory
-constexpr double kFlopsAnElement = 32;
-
 template <typename T>
 Tensor positive_scores(const Tensor& q_tensor, const Tensor& k_tensor, T scale, i64 offset) {
   const Operand<T> q(q_tensor), k(k_tensor);

@@ -6,8 +6,6 @@ namespace sslkernels {
 
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 // The sample of every query: (N, C) indices, each checked before anything is written, and which of them count.
 struct Samples {
   Samples(const Tensor& indices, const Optional& mask, i64 keys)

@@ -6,7 +6,6 @@ namespace sslkernels {
 
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 
 // Rows of an optional tensor; null where it is not given.

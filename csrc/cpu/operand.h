@@ -20,6 +20,7 @@ namespace sslkernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 template <typename T>
 constexpr ScalarType kScalar = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -47,6 +48,19 @@ class Buffer {
   Tensor tensor_;
   T* data_;
 };
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+// f(zero of the type to compute in): double if asked for, else float
+template <typename F>
+auto with_type(bool wide, const F& f) {
+  return wide ? f(0.0) : f(0.0f);
+}
+
+template <typename F>
+auto with_type(const Tensor& a, const Tensor& b, const F& f) {
+  return with_type(is_double(a) || is_double(b), f);
+}
 
 inline Dtype kind(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -151,6 +165,10 @@ inline Range part(i64 begin, i64 end, i64 t, i64 count) {
   const i64 blocks = (end - begin + 15) / 16;
   return {std::min(end, begin + blocks * t / count * 16), std::min(end, begin + blocks * (t + 1) / count * 16)};
 }
+
+// What an element costs that is only read, changed a little and written, in the flops that threads are counted by: such
+// loops wait for memory.
+constexpr double kFlopsAnElement = 32;
 
 inline i64 useful_threads(double flops) {
   constexpr double kFlopsWorthAThread = 4e6;

@@ -11,9 +11,6 @@
 
 namespace sslkernels {
 
-// what an element costs, in the flops that over_rows counts: these loops wait for memory
-constexpr double kFlopsAnElement = 32;
-
 template <typename T>
 void Pixels<T>::read(const void* src, const PatchShape& shape, bool channels_last, T* dst) const {
   SSLKERNELS_AT_LEVEL(read_patch(src, dtype_, shape, channels_last, dst, shift_.data(), factor()));

@@ -7,8 +7,6 @@
 
 namespace sslkernels {
 
-using Optional = std::optional<Tensor>;
-
 // One patch in memory: its sizes and strides, in elements.
 struct PatchShape {
   i64 channels, t, p, q;
@@ -132,11 +130,5 @@ inline void prefetch(const char* src, const PatchShape& shape, i64 element_size)
 constexpr i64 kStreamBytes = i64(4) << 20;
 void stream(const void* src, void* dst, i64 bytes);
 void finish_streams();
-
-// f(zero of the type to compute in): double if asked for, else float
-template <typename F>
-auto with_type(bool wide, const F& f) {
-  return wide ? f(0.0) : f(0.0f);
-}
 
 }  // namespace sslkernels

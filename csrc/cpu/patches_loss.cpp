@@ -9,8 +9,6 @@ namespace sslkernels {
 
 namespace {
 
-constexpr double kFlopsAnElement = 32;
-
 enum Normalize { kNothing, kPatch, kChannel };
 enum Reduction { kNone, kMean, kSum };
 
@@ -111,10 +109,6 @@ Options checked(const Tensor& pred, const Grid& grid, const Ids& ids, i64 normal
   return {normalize, eps, l1, last};
 }
 
-bool wide(const Tensor& pred, const Tensor& images) {
-  return kind(pred) == Dtype::kDouble || kind(images) == Dtype::kDouble;
-}
-
 std::tuple<Tensor, Tensor> masked_patch_loss(const Tensor& pred, const Tensor& images, const Tensor& ids_tensor,
                                              std::vector<i64> patch, i64 normalize, double eps, bool l1,
                                              bool channels_last, const Optional& mean_std, i64 reduction,
@@ -122,7 +116,7 @@ std::tuple<Tensor, Tensor> masked_patch_loss(const Tensor& pred, const Tensor& i
   const Grid grid(images, patch);
   const Ids ids(ids_tensor, grid.length, true);
   const Options options = checked(pred, grid, ids, normalize, eps, l1, channels_last);
-  return with_type(wide(pred, images), [&](auto zero) {
+  return with_type(pred, images, [&](auto zero) {
     using T = decltype(zero);
     const i64 rows = ids.rows * ids.count;
     const bool whole = reduction != kNone, emit = whole && want_grad;
@@ -147,7 +141,7 @@ Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& pred, const 
   const Grid grid(images, patch);
   const Ids ids(ids_tensor, grid.length, true);
   const Options options = checked(pred, grid, ids, normalize, eps, l1, channels_last);
-  return with_type(wide(pred, images), [&](auto zero) {
+  return with_type(pred, images, [&](auto zero) {
     using T = decltype(zero);
     Buffer<T> slope(ids.rows * ids.count);
     const T factor = static_cast<T>((l1 ? 1.0 : 2.0) / static_cast<double>(grid.shape.values()));

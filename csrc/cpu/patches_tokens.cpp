@@ -9,7 +9,6 @@ namespace sslkernels {
 
 namespace {
 
-constexpr double kFlopsAnElement = 32;
 constexpr i64 kBlock = 32;  // rows that are summed in the precision of the arithmetic before they are in double
 
 // Rows (b, l) of (B, L, D), of any dtype and strides.

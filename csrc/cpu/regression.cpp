@@ -11,11 +11,6 @@ namespace sslkernels {
 
 namespace {
 
-using Optional = std::optional<Tensor>;
-
-// what an element costs, in the flops of a matrix product: these loops wait for memory
-constexpr double kFlopsAnElement = 32;
-
 // The rows of a tensor (..., D) of any strides and dtype.
 class Rows {
  public:
@@ -95,13 +90,6 @@ class Index {
   const i64* ids_ = nullptr;
   i64 length_ = 0, per_sample_ = 1;
 };
-
-bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-template <typename F>
-auto with_type(const Tensor& pred, const Tensor& target, const F& f) {
-  return is_double(pred) || is_double(target) ? f(double{}) : f(float{});
-}
 
 template <typename T>
 Regression<T> regression(const std::string& loss, double beta, bool normalize_target, double eps) {
