@@ -41,8 +41,6 @@ void gather(const Grid& grid, const std::optional<Ids>& ids, bool channels_last,
   over_rows(rows, kFlopsAnElement * rows * values, [&](Range mine) {
     Buffer<T> scratch(direct ? 0 : values);
     for (i64 i = mine.begin; i < mine.end; ++i) {
-      if (i + 1 < mine.end)
-        prefetch(place(i + 1), grid.shape, grid.bytes);
       char* row = dst + i * values * bytes;
       T* to = direct ? reinterpret_cast<T*>(row) : static_cast<T*>(scratch);
       pixels.read(place(i), grid.shape, channels_last, to);

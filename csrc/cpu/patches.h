@@ -111,21 +111,6 @@ class Pixels {
   std::vector<T> shift_, factor_;
 };
 
-// Asks for the cache lines of a patch that will be read soon.
-inline void prefetch(const char* src, const PatchShape& shape, i64 element_size) {
-  constexpr i64 kLine = 64;
-  const bool planar = shape.q_stride == 1;
-  const i64 planes = planar ? shape.channels : 1, width = (planar ? shape.q : shape.q * shape.q_stride) * element_size;
-  for (i64 c = 0; c < planes; ++c) {
-    for (i64 t = 0; t < shape.t; ++t) {
-      for (i64 p = 0; p < shape.p; ++p) {
-        const char* row = src + element_size * (c * shape.channel_stride + t * shape.t_stride + p * shape.p_stride);
-        for (i64 at = 0; at < width; at += kLine) __builtin_prefetch(row + at);
-      }
-    }
-  }
-}
-
 // A copy past the caches, for results larger than they are; a thread ends its copies with finish_streams().
 constexpr i64 kStreamBytes = i64(4) << 20;
 void stream(const void* src, void* dst, i64 bytes);

@@ -34,11 +34,8 @@ void embed(const Grid& grid, const std::optional<Ids>& ids, const Pixels<T>& pix
         continue;
       T *x = data<T>(patches) + begin * values, *y = data<T>(out) + begin * dim;
       const auto id = [&](i64 i) { return ids ? (*ids)[i] : i % count; };
-      for (i64 i = begin; i < end; ++i) {
-        if (i + 1 < end)
-          prefetch(grid.at((i + 1) / count, id(i + 1)), grid.shape, grid.bytes);
+      for (i64 i = begin; i < end; ++i)
         pixels.read(grid.at(i / count, id(i)), grid.shape, channels_last, x + (i - begin) * values);
-      }
       multiply<T>({y, end - begin, dim, dim, 1}, {x, end - begin, values, values, 1}, product.transposed());
       for (i64 i = begin; i < end; ++i)
         tiles<T>().add(y + (i - begin) * dim, dim, position ? table + id(i) * dim : static_cast<T*>(shift), dim, 1,

@@ -72,8 +72,6 @@ void sweep(const Tensor& pred, const Grid& grid, const Ids& ids, const Pixels<T>
     Buffer<T> zeros(past_caches ? values : 0);
     std::fill_n(static_cast<T*>(zeros), past_caches ? values : 0, T(0));
     for (i64 i = mine.begin; i < mine.end; ++i) {
-      if (i + 1 < mine.end && position(i + 1) >= 0)
-        prefetch(place(position(i + 1)), grid.shape, grid.bytes);
       const i64 at = position(i);
       char* out = grad ? grads + i * values * grad_bytes : nullptr;
       if (at < 0) {
