@@ -43,8 +43,8 @@ LEARNS = {
     "mae": Learns(0.5, 0.08, spread=0.01),  # 0.24, 0.47 -> 0.66
     "simmim": Learns(0.8, 0.08, how="probe", spread=0.05),  # 0.69, 0.64 -> 0.81
     "videomae": Learns(0.8, 0.05, how="probe", spread=0.3),  # 0.74, 0.79 -> 0.90
-    "vjepa": Learns(0.9, 0.04, how="probe", spread=0.2),  # 0.70, 0.76 -> 0.83
-    "ijepa": Learns(0.8, 0.05, how="probe"),  # 0.64, 0.41 -> 0.54
+    "vjepa": Learns(0.9, 0.03, how="probe", spread=0.1),  # 0.66, 0.76 -> 0.81, spread 0.20
+    "ijepa": Learns(0.8, 0.04, how="probe"),  # 0.71, 0.41 -> 0.48
     "data2vec": Learns(0.7, 0.06, spread=0.15),  # 0.60, 0.59 -> 0.71, spread 0.24
 }
 
