@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslkernels.ema import EMA
 from sslkernels.evaluation import std_of_rows
 from sslkernels.methods._method import Method
-from sslkernels.nn import VisionTransformer
+from sslkernels.nn import ConvolutionalDecoder, VisionTransformer
 from sslkernels.ops import average_layers, gather_tokens, inverse_block_mask, masked_regression
 
 
@@ -136,26 +135,6 @@ class Data2Vec(Method):
 
     def encode(self, x: Tensor) -> Tensor:
         return self.backbone.forward_features(x)[:, self.backbone.num_prefix_tokens :].mean(dim=1)
-
-
-class ConvolutionalDecoder(nn.Module):
-    """Tokens (N, L, dim) on a grid (h, w) -> the tokens ids (N, K) of the grid after convolutions, (N, K, dim).
-
-    `depth` times x <- x + gelu(layer_norm(conv(x))), 3x3 in groups, the norm without affine; then a linear layer, which
-    runs on the tokens asked for alone. Defaults are the original's for images.
-    """
-
-    def __init__(self, dim: int, *, depth: int = 6, groups: int = 16) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=groups) for _ in range(depth))
-        self.project = nn.Linear(dim, dim)
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int], ids: Tensor) -> Tensor:
-        x = tokens.unflatten(1, grid)  # (N, h, w, C), which a convolution reads as channels_last
-        for conv in self.blocks:
-            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            x = x + F.gelu(F.layer_norm(y, y.shape[-1:]))
-        return self.project(gather_tokens(x.flatten(1, 2), ids))
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 """Small backbones, decoders and heads, for tests, demos and small data; any other `nn.Module` does as well."""
 
 from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
-from sslkernels.nn.decoders import MaskedDecoder, Predictor
+from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predictor
 from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
 
 __all__ = [
+    "ConvolutionalDecoder",
     "MaskedDecoder",
     "Predictor",
     "ProjectionHead",

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers that fill in what an encoder did not see: MAE's decoder and the predictor of the JEPAs."""
+"""What fills in what an encoder did not see: MAE's decoder, data2vec's, and the predictor of the JEPAs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkernels.nn.transformer import TransformerBlock, init_linear, sincos_positions
@@ -105,3 +106,25 @@ class Predictor(nn.Module):
         y = self.mask_tokens[mask].to(x.dtype) + gather_tokens(positions, blocks.flatten(0, 1))
         y = self.blocks(torch.cat([x, y], dim=1))[:, x.shape[1] :]
         return self.project(self.norm(y)).unflatten(0, blocks.shape[:2]).reshape(*target_ids.shape, -1)
+
+
+class ConvolutionalDecoder(nn.Module):
+    """Tokens (N, L, dim) on a grid (h, w) -> the tokens ids (N, K) of the grid after convolutions, (N, K, dim).
+
+    `depth` times x <- x + gelu(layer_norm(conv(x))), 3x3 in groups, the norm without affine; then a linear layer, which
+    runs on the tokens asked for alone. Defaults are the original's for images.
+
+    Source: facebookresearch/fairseq `examples/data2vec/models/modalities/modules.py::Decoder2d`.
+    """
+
+    def __init__(self, dim: int, *, depth: int = 6, groups: int = 16) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=groups) for _ in range(depth))
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], ids: Tensor) -> Tensor:
+        x = tokens.unflatten(1, grid)  # (N, h, w, C), which a convolution reads as channels_last
+        for conv in self.blocks:
+            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + F.gelu(F.layer_norm(y, y.shape[-1:]))
+        return self.project(gather_tokens(x.flatten(1, 2), ids))

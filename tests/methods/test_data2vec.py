@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sslkernels.methods import Data2Vec
-from sslkernels.methods.data2vec import ConvolutionalDecoder
-from sslkernels.nn import VisionTransformer
+from sslkernels.nn import ConvolutionalDecoder, VisionTransformer
 from sslkernels.ops import inverse_block_mask
 
 
