@@ -22,7 +22,8 @@ __all__ = [
 def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
     """BYOL's regression of unit vectors; the target is a constant.
 
-        loss = mean_n |u_n - v_n|^2 = mean_n (2 - 2 <u_n, v_n>)       u = x rsqrt(max(sum x^2, 1e-12)), v likewise
+        loss_i = |u_i - v_i|^2 = 2 - 2 <u_i, v_i>        u = x rsqrt(max(sum x^2, 1e-12)), v likewise
+        loss = mean of the rows
 
     BYOL's loss is the sum over the two views, byol_loss(p1, z2) + byol_loss(p2, z1), and equals 4 + 4 times SimSiam's.
 
@@ -31,6 +32,10 @@ def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no row.
+
+    Example:
+        >>> p1, z2 = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> byol_loss(p1, z2).backward()
 
     Source: Grill et al. 2020, `byol_experiment.py::loss_fn`.
     """
@@ -41,7 +46,8 @@ def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
 def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """-mean cos(x0, x1) over dimension `dim`, with the gradient of either that requires one.
 
-        loss = -mean_n <x0_n, x1_n> / (max(|x0_n|, eps) max(|x1_n|, eps))
+        loss_i = -<x0_i, x1_i> / (max(|x0_i|, eps) max(|x1_i|, eps))
+        loss = mean of the rows
 
     SimSiam's loss is the mean over the two views, 0.5 (f(p1, z2.detach()) + f(p2, z1.detach())).
 
@@ -50,6 +56,10 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no row.
+
+    Example:
+        >>> p1, z2 = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> negative_cosine_similarity(p1, z2).backward()
 
     Source: Chen and He 2020, `simsiam/builder.py`; lightly `NegativeCosineSimilarity`.
     """
@@ -74,14 +84,26 @@ def _refuse_empty(name: str, x: Any) -> None:
 
 
 class BYOLLoss(nn.Module):
-    """`byol_loss` as a module, called with (pred, target)."""
+    """`byol_loss` as a module, called with (pred, target).
+
+    Source: Grill et al. 2020.
+
+    Example:
+        >>> BYOLLoss()(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
+    """
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return byol_loss(pred, target)
 
 
 class NegativeCosineSimilarity(nn.Module):
-    """`negative_cosine_similarity` as a module, called with (x0, x1) as lightly's."""
+    """`negative_cosine_similarity` as a module, called with (x0, x1) as lightly's.
+
+    Source: Chen and He 2020; lightly `NegativeCosineSimilarity`.
+
+    Example:
+        >>> NegativeCosineSimilarity()(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
+    """
 
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
         super().__init__()
@@ -101,6 +123,12 @@ class MaskedRegressionLoss(nn.Module):
     I-JEPA          MaskedRegressionLoss("smooth_l1", normalize_target=True)
     V-JEPA          MaskedRegressionLoss("l1", normalize_target=True)
     data2vec 2.0    MaskedRegressionLoss("l2", scale=D**0.5)          sum over D / sqrt(D), mean over masked tokens
+
+    Source: Assran et al. 2023; Bardes et al. 2024; Baevski et al. 2022.
+
+    Example:
+        >>> pred, target = torch.randn(2, 4, 5, 16, requires_grad=True), torch.randn(2, 64, 16)
+        >>> MaskedRegressionLoss(normalize_target=True)(pred, target, torch.randint(64, (2, 4, 5))).backward()
     """
 
     def __init__(
