@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class check_values:
     """Also check values inside CUDA tensors (indices, labels), which synchronises the device. Call or context manager.
@@ -53,7 +55,7 @@ def features(**tensors: Any) -> None:
             raise ValueError(f"{name} must be 2-D (rows, features), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-        if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.shape[1] != first.shape[1]:
             raise ValueError(
@@ -72,7 +74,7 @@ def tensor(name: str, x: Any) -> None:
 
 def floating(name: str, x: Any) -> None:
     tensor(name, x)
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 

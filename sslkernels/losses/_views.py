@@ -19,7 +19,7 @@ from sslkernels.ops.contrastive import (
     self_similarity_logsumexp,
     two_view_cross_entropy,
 )
-from sslkernels.reference.contrastive import compute_dtype
+from sslkernels.reference._precision import compute_dtype
 
 
 def _stack(out0: Tensor, out1: Tensor) -> Tensor:

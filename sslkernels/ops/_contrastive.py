@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _contrastive as reference
-from sslkernels.reference.contrastive import compute_dtype
+from sslkernels.reference._precision import compute_dtype
 
 _SCALE = "Tensor? scale_tensor, float scale"
 _BIAS = "Tensor? bias_tensor, float bias"

@@ -19,7 +19,7 @@ from sslkernels.ops._contrastive import (
 from sslkernels.ops._emitted import emitted_gradients, save_emitted
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _contrastive as reference
-from sslkernels.reference.contrastive import compute_dtype
+from sslkernels.reference._precision import compute_dtype
 
 # similarity_cross_entropy
 

@@ -13,7 +13,8 @@ import torch
 from sslkernels.ops._emitted import emitted_gradients, save_emitted
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _patches as reference
-from sslkernels.reference.patches import compute_dtype, grid_of
+from sslkernels.reference._precision import compute_dtype
+from sslkernels.reference.patches import grid_of
 
 NONE, MEAN, SUM = range(3)
 

@@ -12,7 +12,7 @@ import torch
 from sslkernels.ops._emitted import emitted_gradients, save_emitted
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _regression as reference
-from sslkernels.reference.contrastive import compute_dtype
+from sslkernels.reference._precision import compute_dtype
 
 _OPERANDS = "Tensor pred, Tensor target, Tensor? index, str loss, float beta, bool normalize_target, float eps"
 

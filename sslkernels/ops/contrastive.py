@@ -21,7 +21,8 @@ from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
 from sslkernels.ops import _contrastive as op
 from sslkernels.ops import _contrastive_sums as sum_op
-from sslkernels.reference.contrastive import NOTHING, Exclude, compute_dtype, symmetric
+from sslkernels.reference._precision import compute_dtype
+from sslkernels.reference.contrastive import NOTHING, Exclude, symmetric
 
 __all__ = [
     "Exclude",

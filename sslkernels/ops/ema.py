@@ -22,7 +22,7 @@ __all__ = ["ema_update_", "enqueue_"]
 
 FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 FORMAT_RANKS = {torch.channels_last: 4, torch.channels_last_3d: 5}
-AVERAGED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+AVERAGED = check.FLOATS
 COPIED = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 ROUNDED = (torch.bfloat16, torch.float16)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels._autocast import autocasts
 from sslkernels.ops import _patches as op
-from sslkernels.reference.patches import Patch, compute_dtype, grid_of
+from sslkernels.reference._precision import compute_dtype
+from sslkernels.reference.patches import Patch, grid_of
 
 __all__ = [
     "embed_patches",
@@ -32,7 +33,6 @@ __all__ = [
     "restore_tokens",
 ]
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMALIZE = (None, "patch", "channel")
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -78,7 +78,7 @@ def gather_patches(
     patch = _check_images(images, patch_size)
     ids = None if ids is None else _check_ids("ids", ids, images.shape[0], images)
     dtype = dtype or (images.dtype if images.is_floating_point() else torch.float32)
-    if dtype not in FLOATS:
+    if dtype not in check.FLOATS:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     mean_std = _mean_std(mean, std, images, dtype)
     return _call(
@@ -171,7 +171,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     Source: `apply_masks` of I-JEPA (arXiv:2301.08243), which repeats the batch for each mask.
     """
     check.tensor("tokens", tokens)
-    if tokens.ndim not in (2, 3) or tokens.dtype not in FLOATS:
+    if tokens.ndim not in (2, 3) or tokens.dtype not in check.FLOATS:
         raise ValueError(f"tokens must be floating (B, L, D) or (L, D), got {tokens.dtype} {tuple(tokens.shape)}")
     _check_int64("ids", ids, tokens)
     shared = tokens.ndim == 2
@@ -221,13 +221,13 @@ def restore_tokens(
     """
     check.tensor("visible", visible)
     check.tensor("mask_token", mask_token)
-    if visible.ndim != 3 or visible.dtype not in FLOATS:
+    if visible.ndim != 3 or visible.dtype not in check.FLOATS:
         raise ValueError(f"visible must be floating (B, P + K, D), got {visible.dtype} {tuple(visible.shape)}")
     batch, rows, dim = visible.shape
     prefix = num_prefix_tokens
     if not 0 <= prefix <= rows:
         raise ValueError(f"num_prefix_tokens must be in [0, {rows}], got {prefix}")
-    if mask_token.numel() != dim or mask_token.dtype not in FLOATS:
+    if mask_token.numel() != dim or mask_token.dtype not in check.FLOATS:
         raise ValueError(
             f"mask_token must hold {dim} floating elements, got {mask_token.dtype} {tuple(mask_token.shape)}"
         )
@@ -238,7 +238,7 @@ def restore_tokens(
         shape = tuple(position.shape)
         if position.ndim not in (2, 3) or shape[-1] != dim or shape[-2] < prefix or position.shape[:-2].numel() != 1:
             raise ValueError(f"position must have shape ({prefix} + L, {dim}), got {shape}")
-        if position.dtype not in FLOATS:
+        if position.dtype not in check.FLOATS:
             raise TypeError(f"position must be float32, float64, bfloat16 or float16, got {position.dtype}")
         position = position.reshape(shape[-2:])
         if length not in (None, shape[-2] - prefix):
@@ -303,7 +303,7 @@ def masked_patch_loss(
     check.same_device("pred", pred, "images", images)
     length, values = _count(images, patch), images.shape[1] * patch[0] * patch[1] * patch[2]
     count = ids.shape[1]
-    if pred.dtype not in FLOATS:
+    if pred.dtype not in check.FLOATS:
         raise TypeError(f"pred must be float32, float64, bfloat16 or float16, got {pred.dtype}")
     batch = images.shape[0]
     if pred.ndim != 3 or (pred.shape[0], pred.shape[2]) != (batch, values) or pred.shape[1] not in (count, length):
@@ -376,7 +376,7 @@ def _check_images(images: Any, patch_size: Any) -> Patch:
     check.tensor("images", images)
     if images.ndim not in (4, 5):
         raise ValueError(f"images must be (B, C, H, W) or clips (B, C, T, H, W), got shape {tuple(images.shape)}")
-    if images.dtype not in (*FLOATS, torch.uint8):
+    if images.dtype not in (*check.FLOATS, torch.uint8):
         raise TypeError(f"images must be float32, float64, bfloat16, float16 or uint8, got {images.dtype}")
     sizes = patch_size
     if isinstance(sizes, int) and not isinstance(sizes, bool) and images.ndim == 4:

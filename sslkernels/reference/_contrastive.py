@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.reference._precision import compute_dtype
 from sslkernels.reference.contrastive import (
     Exclude,
-    compute_dtype,
     draw,
     l2_normalize,
     logsumexp,

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from sslkernels import _checks as check
 from sslkernels.reference import patches as reference
-from sslkernels.reference.patches import assemble, cells, compute_dtype, grid_of, outside, repeated, spoil
+from sslkernels.reference._precision import compute_dtype
+from sslkernels.reference.patches import assemble, cells, grid_of, outside, repeated, spoil
 
 
 def _length(images, patch) -> int:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.reference._precision import compute_dtype
+
 
 class Exclude(NamedTuple):
     """Which pairs (i, j) a sweep leaves out: those that any of the given rules names.
@@ -32,11 +34,6 @@ class Exclude(NamedTuple):
 
 
 NOTHING = Exclude()
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def excluded_pairs(n: int, m: int, device: torch.device, exclude: Exclude) -> Tensor:

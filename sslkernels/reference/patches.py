@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkernels.reference._precision import compute_dtype
+
 Patch = tuple[int, int, int]
 
 # where a channel goes among the values of a patch: first (c, t, p, q), as in the weight of a convolution, or last
@@ -38,15 +40,6 @@ def cells(images: Tensor, patch: Patch, channels_last: bool) -> Tensor:
     for axis, size in zip((6, 4, 2), reversed(patch)):
         x = x.unflatten(axis // 2 + 1, (x.shape[axis // 2 + 1] // size, size))
     return x.permute(CHANNELS_LAST if channels_last else CHANNELS_FIRST)  # of (B, C, T', t, H', p, W', q)
-
-
-def compute_dtype(*xs: Tensor | torch.dtype) -> torch.dtype:
-    """float64 if any is float64, else float32."""
-    return (
-        torch.float64
-        if any((x if isinstance(x, torch.dtype) else x.dtype) == torch.float64 for x in xs)
-        else (torch.float32)
-    )
 
 
 def outside(ids: Tensor, length: int) -> Tensor:

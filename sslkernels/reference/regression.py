@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.reference.contrastive import compute_dtype
+from sslkernels.reference._precision import compute_dtype
 
 
 def masked_regression(
