@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real data that installed packages ship (nothing is downloaded), and two-view augmentation on tensors.
+"""Small real data that installed packages ship (nothing is downloaded), and views and crops of images, on tensors.
 
 The clips have a file of their own, `sslkernels/video.py`.
 """
@@ -17,8 +17,10 @@ from sslkernels.video import ClipData, clips
 
 __all__ = [
     "CAPTION_VOCABULARY",
+    "DIGIT_CROPS",
     "DIGIT_VIEWS",
     "PHOTOGRAPHS",
+    "PHOTO_CROPS",
     "PHOTO_VIEWS",
     "ClipData",
     "ImageData",
@@ -26,6 +28,7 @@ __all__ = [
     "clips",
     "digit_captions",
     "digits",
+    "multi_crop",
     "photographs",
     "two_views",
 ]
@@ -39,6 +42,10 @@ PHOTOGRAPHS = (
 # Options of `augment`. A mirrored digit is another sign, so digits are not flipped.
 DIGIT_VIEWS = {"scale": (0.8, 1.2), "shift": 0.1, "rotate": 10.0, "brightness": 0.2, "contrast": 0.3, "noise": 0.1}
 PHOTO_VIEWS = {"scale": (0.4, 1.0), "flip": True, "brightness": 0.3, "contrast": 0.4, "noise": 0.03}
+
+# Options of `multi_crop`. Local windows are large for a digit, a third of which may be of any.
+DIGIT_CROPS = {**DIGIT_VIEWS, "local_size": 6, "local_scale": (0.6, 0.9)}
+PHOTO_CROPS = {**PHOTO_VIEWS, "scale": (0.5, 1.0), "local_size": 16, "local_scale": (0.25, 0.5)}
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTION_TEMPLATES = (
@@ -146,13 +153,14 @@ def augment(
     brightness: float = 0.0,
     contrast: float = 0.0,
     noise: float = 0.0,
+    size: int | None = None,
 ) -> Tensor:
     """One random view of each image (N, C, H, W), drawn from `generator` on the images' device.
 
     A square window of `scale` times the side is cut out, anywhere inside the image where it is smaller, moved by up
-    to `shift` of the side, turned by up to `rotate` degrees, mirrored half of the time if `flip`, and resized back,
-    with zeros beyond the border. Then each image is multiplied by 1 +- `contrast` about its mean, 1 +- `brightness`
-    in all, and Gaussian noise of standard deviation `noise` is added.
+    to `shift` of the side, turned by up to `rotate` degrees, mirrored half of the time if `flip`, and resized to
+    `size` x `size`, or back to what it was, with zeros beyond the border. Then each image is multiplied by
+    1 +- `contrast` about its mean, 1 +- `brightness` in all, and Gaussian noise of standard deviation `noise` is added.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images must be floating (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -167,7 +175,8 @@ def augment(
     mirror = uniform(-1, 1).sign() if flip else torch.ones_like(side)
     cos, sin = side * angle.cos(), side * angle.sin()
     theta = torch.stack([cos * mirror, -sin, uniform(-1, 1) * slack, sin * mirror, cos, uniform(-1, 1) * slack], dim=1)
-    grid = F.affine_grid(theta.view(n, 2, 3), list(images.shape), align_corners=False)
+    shape = [*images.shape[:2], *(images.shape[2:] if size is None else (size, size))]
+    grid = F.affine_grid(theta.view(n, 2, 3), shape, align_corners=False)
     views = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     mean = views.mean(dim=(1, 2, 3), keepdim=True)
     views = mean + (views - mean) * uniform(1 - contrast, 1 + contrast).view(n, 1, 1, 1)
@@ -178,3 +187,30 @@ def augment(
 def two_views(images: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """Two independent `augment`ed views of each image, as SimCLR and MoCo take them: (view0, view1)."""
     return augment(images, generator=generator, **options), augment(images, generator=generator, **options)
+
+
+def multi_crop(
+    images: Tensor,
+    *,
+    local_crops: int = 6,
+    local_size: int,
+    local_scale: tuple[float, float],
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Two global crops of each image (N, C, H, W), then `local_crops` local ones of `local_size` pixels a side.
+
+    All are independent `augment`ed views: global ones with `options`, whose `scale` is the side of their windows, and
+    of the images' size; local ones with the same options but `local_scale`. SwAV, DINO, iBOT and DINOv2 take such a
+    list; the papers' sizes are 224 and 96 pixels, 6 or 8 local crops.
+    """
+    if local_crops < 0 or local_size < 1:
+        raise ValueError(
+            f"expected local_crops of at least 0 and local_size of at least 1, got {local_crops=}, {local_size=}"
+        )
+    crops = list(two_views(images, generator=generator, **options))
+    if local_crops:
+        repeated = images.repeat(local_crops, 1, 1, 1)
+        options = {**options, "scale": local_scale, "size": local_size}
+        crops += augment(repeated, generator=generator, **options).chunk(local_crops)
+    return crops

@@ -21,8 +21,9 @@ __all__ = ["PRESETS", "Preset"]
 class Preset(NamedTuple):
     """`make(total_steps)` builds the method; momentum schedules end with the training.
 
-    `data` names the loader, `batch` what a step takes: "views" are two views of each image, "captions" one view and a
-    caption, "images" and "clips" one view. `standardize`: give the network items of mean 0 and deviation 1.
+    `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
+    local ones, "captions" one view and a caption, "images" and "clips" one view. `standardize`: give the network items
+    of mean 0 and deviation 1.
     """
 
     make: Callable[[int], Method]

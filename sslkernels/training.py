@@ -55,6 +55,9 @@ class Training:
         options = VIEWS[self.preset.data]
         if self.preset.batch == "views":
             return data.two_views(items[chosen], generator=self.generator, **options)
+        if self.preset.batch == "crops":
+            crops = data.multi_crop(items[chosen], generator=self.generator, **CROPS[self.preset.data])
+            return [self.standardize(crop) for crop in crops]
         view = data.augment(items[chosen], generator=self.generator, **options)
         if self.preset.batch == "captions":
             return view, data.digit_captions(labels[chosen], generator=self.generator)
@@ -123,6 +126,7 @@ class Training:
 
 
 VIEWS: dict[str, dict[str, Any]] = {"digits": data.DIGIT_VIEWS, "photographs": data.PHOTO_VIEWS}
+CROPS: dict[str, dict[str, Any]] = {"digits": data.DIGIT_CROPS, "photographs": data.PHOTO_CROPS}
 
 
 def steps_in(name: str, seconds: float) -> int:

@@ -75,6 +75,36 @@ def test_augment_refuses_bytes():
         data.augment(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
+def test_multi_crop_sizes_and_order():
+    images = data.digits().train_images[:5]
+    crops = data.multi_crop(images, generator=torch.Generator().manual_seed(1), **data.DIGIT_CROPS)
+    assert [tuple(crop.shape) for crop in crops] == [(5, 1, 8, 8)] * 2 + [(5, 1, 6, 6)] * 6
+    again = data.multi_crop(images, generator=torch.Generator().manual_seed(1), **data.DIGIT_CROPS)
+    assert all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
+    assert all(not torch.allclose(crops[2], crop, atol=0.05) for crop in crops[3:])
+    views = data.two_views(images, generator=torch.Generator().manual_seed(1), **data.DIGIT_VIEWS)
+    assert all(torch.equal(a, b) for a, b in zip(crops[:2], views, strict=True))
+    assert len(data.multi_crop(images, local_crops=0, local_size=6, local_scale=(0.5, 0.5))) == 2
+
+
+def test_local_crops_are_windows_of_their_own_image():
+    """On a ramp from 0 to 1 over the columns, each image at its own height, a crop spans as much as its window."""
+    ramp = (torch.arange(64) + 0.5) / 64
+    images = ramp.expand(3, 1, 64, 64) + torch.tensor([0.0, 10.0, 20.0]).view(3, 1, 1, 1)
+    crops = data.multi_crop(images, local_crops=50, local_size=16, local_scale=(0.25, 0.5))
+    for crop in crops[2:]:
+        assert torch.equal((crop.mean(dim=(1, 2, 3)) / 10).floor(), torch.tensor([0.0, 1.0, 2.0]))
+        span = (crop[..., -1] - crop[..., 0]).mean(dim=(1, 2)) * 16 / 15
+        assert (span > 0.24).all() and (span < 0.51).all()
+
+
+def test_multi_crop_refuses_sizes():
+    with pytest.raises(ValueError, match="local_crops=-1"):
+        data.multi_crop(torch.zeros(1, 1, 8, 8), local_crops=-1, local_size=4, local_scale=(0.5, 0.5))
+    with pytest.raises(ValueError, match="local_size=0"):
+        data.multi_crop(torch.zeros(1, 1, 8, 8), local_size=0, local_scale=(0.5, 0.5))
+
+
 def test_captions_name_their_digit():
     labels = torch.arange(10).repeat(8)
     captions = data.digit_captions(labels, generator=torch.Generator().manual_seed(0))
