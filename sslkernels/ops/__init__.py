@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every primitive of the library, as a differentiable torch op."""
 
+from sslkernels.ops._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp
 from sslkernels.ops.contrastive import (
     Exclude,
     l2_normalize,
@@ -58,6 +59,8 @@ __all__ = [
     "similarity_logsumexp",
     "similarity_softplus",
     "similarity_softplus_sum",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
     "span_corruption",
     "span_mask",
     "token_mask",
