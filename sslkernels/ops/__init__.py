@@ -13,6 +13,12 @@ from sslkernels.ops.contrastive import (
     similarity_softplus_sum,
     two_view_cross_entropy,
 )
+from sslkernels.ops.correlation import (
+    product_frobenius,
+    standardize,
+    two_view_correlation,
+    two_view_covariance,
+)
 from sslkernels.ops.ema import ema_update_, enqueue_
 from sslkernels.ops.masks import (
     block_mask,
@@ -51,6 +57,7 @@ __all__ = [
     "multiblock3d_mask",
     "multiblock_mask",
     "permute_patches",
+    "product_frobenius",
     "random_mask",
     "restore_tokens",
     "sampled_logsumexp",
@@ -63,7 +70,10 @@ __all__ = [
     "sinkhorn_knopp",
     "span_corruption",
     "span_mask",
+    "standardize",
     "token_mask",
     "tube_mask",
+    "two_view_correlation",
+    "two_view_covariance",
     "two_view_cross_entropy",
 ]
