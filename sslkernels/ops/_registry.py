@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sslkernels import _library
+from sslkernels.ops import _autograd
 
 LIBRARY = torch.library.Library("sslkernels", "DEF")
 OPS: list[str] = []
@@ -41,12 +42,7 @@ def define(schema: str, *, reference: Callable, fake: Callable | None, everywher
 
 def differentiable(op: Any, *, setup_context: Callable, backward: Callable) -> None:
     """Give `op` its autograd formula; gradients of unused outputs arrive as None, not as zeros."""
-
-    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=LIBRARY)
+    _autograd.register(LIBRARY, op, setup_context, backward)
 
 
 def once_differentiable(op: Any) -> None:
@@ -55,7 +51,7 @@ def once_differentiable(op: Any) -> None:
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{op.name()}: double backward is not supported; use sslkernels.reference")
 
-    torch.library.register_autograd(op.name(), refuse, lib=LIBRARY)
+    _autograd.register(LIBRARY, op, lambda ctx, inputs, output: None, refuse)
 
 
 def _device_of(args: tuple) -> str:
