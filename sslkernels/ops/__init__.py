@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every primitive of the library, as a differentiable torch op."""
 
-from sslkernels.ops._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp
 from sslkernels.ops.contrastive import (
     Exclude,
     l2_normalize,
@@ -18,6 +17,13 @@ from sslkernels.ops.correlation import (
     standardize,
     two_view_correlation,
     two_view_covariance,
+)
+from sslkernels.ops.distillation import (
+    linear_soft_cross_entropy,
+    sinkhorn_center,
+    sinkhorn_knopp,
+    soft_cross_entropy,
+    softmax_center,
 )
 from sslkernels.ops.ema import ema_update_, enqueue_
 from sslkernels.ops.masks import (
@@ -52,6 +58,7 @@ __all__ = [
     "gather_tokens",
     "inverse_block_mask",
     "l2_normalize",
+    "linear_soft_cross_entropy",
     "masked_patch_loss",
     "masked_regression",
     "multiblock3d_mask",
@@ -68,6 +75,8 @@ __all__ = [
     "similarity_softplus_sum",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "soft_cross_entropy",
+    "softmax_center",
     "span_corruption",
     "span_mask",
     "standardize",

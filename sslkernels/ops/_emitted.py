@@ -10,9 +10,19 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels.ops._registry import define, once_differentiable
 
+WIDE = (torch.float32, torch.float64)
+
 
 def _reference(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    return [(grad * e).to(x.dtype).reshape(x.shape) for e, x in zip(emitted, inputs)]
+    return [
+        (grad * e).to(x.dtype).reshape(x.shape) if e.dtype in WIDE else _scale_narrow(grad, e, x)
+        for e, x in zip(emitted, inputs)
+    ]
+
+
+def _scale_narrow(grad: Tensor, emitted: Tensor, x: Tensor) -> Tensor:
+    # grad with one dimension makes the arithmetic float32; a number without dimensions would be rounded to 16 bits
+    return torch.mul(emitted, grad.reshape(1), out=torch.empty_like(x))
 
 
 # upstream scalar times what the forward emitted, in the dtype of the inputs
@@ -37,10 +47,14 @@ def emitted_gradients(ctx, grad) -> list[Tensor | None]:
     if grad is None or not count:
         return [None] * len(ctx.wanted)
     saved = list(ctx.saved_tensors)
-    inputs, emitted = saved[:count], saved[count:]
+    scaled = iter(scaled_by(grad, saved[count:], saved[:count]))
+    return [next(scaled) if w else None for w in ctx.wanted]
+
+
+def scaled_by(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """grad times each of `emitted`, in the dtype of its input."""
     # loss.backward() asks for the gradients as they are: on the CPU that can be seen, and saves a copy of them
     as_they_are = not torch.is_grad_enabled() and grad.device.type == "cpu" and check.readable(grad) and grad == 1
     if not (as_they_are and all(e.dtype == x.dtype and e.shape == x.shape for e, x in zip(emitted, inputs))):
         emitted = scale_emitted(grad, emitted, inputs)
-    scaled = iter(emitted)
-    return [next(scaled) if w else None for w in ctx.wanted]
+    return emitted
