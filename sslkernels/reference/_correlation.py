@@ -75,7 +75,7 @@ def two_view_covariance(x, y, weights, gamma, eps, output_mask):
         std = (column_variance(u, True) + eps).sqrt()
         c = product(u, u, True) / (n - 1)
         loss = loss + spread * (gamma - std).relu().mean() + covariance / d * c.square().sum()
-        hinge = -spread / d * (std < gamma) / (std * (n - 1))
+        hinge = -spread / d * (std < gamma).to(dtype) / (std * (n - 1))
 
         def grad(u=u, c=c, hinge=hinge, sign=sign):
             # both terms are of mean zero over the rows already
