@@ -6,13 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# asked once: dynamo of torch 2.11 cannot trace the question, and a device without autocast cannot be asked further
-_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(d))
+from sslkernels.reference._precision import AUTOCAST_DEVICES
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of x."""
-    return x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
 def cast_features(*tensors: Tensor, autocast: bool = True) -> tuple[Tensor, ...]:

@@ -18,6 +18,16 @@ from sslkernels.losses.contrastive import (
     siglip_loss,
     supcon,
 )
+from sslkernels.losses.correlation import (
+    BarlowTwinsLoss,
+    FroSSLLoss,
+    TiCoLoss,
+    VICRegLoss,
+    barlow_twins_loss,
+    frossl_loss,
+    tico_loss,
+    vicreg_loss,
+)
 from sslkernels.losses.queue import MemoryQueue
 from sslkernels.losses.regression import (
     BYOLLoss,
@@ -29,9 +39,11 @@ from sslkernels.losses.regression import (
 
 __all__ = [
     "BYOLLoss",
+    "BarlowTwinsLoss",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "FroSSLLoss",
     "InfoNCELoss",
     "MaskedRegressionLoss",
     "MemoryQueue",
@@ -39,14 +51,20 @@ __all__ = [
     "NegativeCosineSimilarity",
     "SigLipLoss",
     "SupConLoss",
+    "TiCoLoss",
+    "VICRegLoss",
+    "barlow_twins_loss",
     "byol_loss",
     "clamp_logit_scale_",
     "clip_loss",
     "dcl",
+    "frossl_loss",
     "info_nce",
     "mises_fisher_weights",
     "negative_cosine_similarity",
     "nt_xent",
     "siglip_loss",
     "supcon",
+    "tico_loss",
+    "vicreg_loss",
 ]

@@ -34,7 +34,7 @@ class Loss(nn.Module):
 
 def refuse_gather(gather_distributed: bool) -> None:
     if gather_distributed:
-        raise NotImplementedError("gather_distributed=True is not supported: negatives are those of the own process")
+        raise NotImplementedError("gather_distributed=True is not supported: a loss sees the batch of its own process")
 
 
 class ImageTextLoss(Loss):

@@ -8,6 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# asked once: dynamo of torch 2.11 cannot trace the question, and a device without autocast cannot be asked further
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+)
+
 
 def compute_dtype(*xs: Tensor | torch.dtype) -> torch.dtype:
     """float64 if any tensor or dtype is float64, else float32."""
@@ -18,4 +23,4 @@ def compute_dtype(*xs: Tensor | torch.dtype) -> torch.dtype:
 def full_precision(x: Tensor) -> AbstractContextManager:
     """No autocast on the device of x."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext()

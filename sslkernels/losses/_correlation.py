@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Barlow Twins, VICReg, TiCo and FroSSL as functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels import _checks as check
+from sslkernels.losses import _common as common
+from sslkernels.ops import product_frobenius, two_view_correlation, two_view_covariance
+from sslkernels.reference._precision import full_precision
+
+VARIANTS = ("code", "paper")
+EPS = 1e-12  # of torch.nn.functional.normalize
+
+
+def barlow_twins_loss(z_a: Tensor, z_b: Tensor, lambda_param: float = 5e-3) -> Tensor:
+    """Barlow Twins: the features of two views agree one by one, and tell different things.
+
+        u, v = columns of z_a and z_b with mean 0 and variance 1          (x - mean) / sqrt(biased variance + 1e-5)
+        c = u^T v / N                                                     (D, D), not stored where N < D / 2
+        loss_i = (1 - c_ii)^2 + lambda_param sum_{j != i} c_ij^2
+        loss = sum of the features' loss_i
+
+    Neither mean nor scale of a feature matters. The sum is over features, so the loss grows with D.
+
+    Args:
+        z_a, z_b: (N, D), N > 1: one row a sample, the two views.
+        lambda_param: weight of the redundancy; the original's training takes 0.0051.
+
+    Raises:
+        ValueError, TypeError: other shapes, dtypes or devices; one row or none.
+
+    Example:
+        >>> z_a, z_b = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> barlow_twins_loss(z_a, z_b).backward()
+
+    Source: Zbontar et al. 2021, `main.py::BarlowTwins.forward` in one process; lightly `BarlowTwinsLoss`.
+    """
+    _check_views(z_a=z_a, z_b=z_b)
+    check_weight("lambda_param", lambda_param)
+    return two_view_correlation(z_a, z_b, lambda_param)
+
+
+def vicreg_loss(
+    z_a: Tensor,
+    z_b: Tensor,
+    lambda_param: float = 25.0,
+    mu_param: float = 25.0,
+    nu_param: float = 1.0,
+    eps: float = 1e-4,
+    *,
+    variant: str = "code",
+) -> Tensor:
+    """VICReg: views agree (invariance), each feature varies (variance), no two say the same (covariance).
+
+        loss_i = (z_a_i - z_b_i)^2, its mean over the features of row i
+        v(z) = mean_d max(0, 1 - sqrt(var_d + eps))             variance of feature d, divided by N - 1
+        c(z) = sum_{i != j} cov_ij^2 / D                        covariance, divided by N - 1
+        loss = lambda_param mean_i loss_i + mu_param (v(z_a) + v(z_b)) / 2 + nu_param (c(z_a) + c(z_b))
+
+    variant="code" is this, the authors' code, as lightly has it: the variance is halved, the covariance is not.
+    variant="paper" halves neither: the paper's algorithm 1, as solo-learn has it, the same as twice the `mu_param`.
+    The paper's equation 5 also takes the sum over the features in loss_i, where its algorithm and every code take the
+    mean: multiply `lambda_param` by D for that.
+
+    Args:
+        z_a, z_b: (N, D), N > 1: one row a sample, the two views. (N, ..., D): the mean over the positions in between
+            of the loss at each, as in lightly.
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        eps: added to the variance.
+        variant: "code" or "paper".
+
+    Raises:
+        ValueError, TypeError: other shapes, dtypes or devices; one row or none; a weight or a variant not as said.
+
+    Example:
+        >>> z_a, z_b = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> vicreg_loss(z_a, z_b).backward()
+
+    Source: Bardes et al. 2022, `main_vicreg.py::VICReg.forward` in one process; lightly `VICRegLoss`.
+    """
+    for name, z in (("z_a", z_a), ("z_b", z_b)):
+        check.tensor(name, z)
+        if z.ndim < 2:
+            raise ValueError(f"{name} must be (rows, features) or (rows, ..., features), got shape {tuple(z.shape)}")
+    if z_a.shape != z_b.shape:
+        raise ValueError(f"z_b must have the shape of z_a {tuple(z_a.shape)}, got {tuple(z_b.shape)}")
+    positions = list(zip(z_a.flatten(1, -2).unbind(1), z_b.flatten(1, -2).unbind(1))) if z_a.ndim > 2 else [(z_a, z_b)]
+    if not positions:
+        raise ValueError(f"z_a must have at least one position, got shape {tuple(z_a.shape)}")
+    check_vicreg(lambda_param, mu_param, nu_param, eps, variant)
+    weights = {
+        "invariance": lambda_param,
+        "variance": mu_param / 2 if variant == "code" else mu_param,
+        "covariance": nu_param,
+    }
+    losses = []
+    for a, b in positions:
+        _check_views(z_a=a, z_b=b)
+        losses.append(two_view_covariance(a, b, **weights, eps=eps))
+    return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+
+def tico_loss(
+    z_a: Tensor,
+    z_b: Tensor,
+    covariance: Tensor | None = None,
+    beta: float = 0.9,
+    rho: float = 8.0,
+    *,
+    through_batch: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """TiCo: views agree, and no row lies where the rows so far, a moving average of theirs, have lain.
+
+        u, v = rows of z_a and z_b of unit length
+        B = u^T u / N
+        C = beta covariance + (1 - beta) B                      (D, D); starts from zero
+        loss_i = 1 - <u_i, v_i> + rho u_i^T C u_i
+        loss = mean of the rows
+
+    B is a constant in C, so the second term's gradient is 2 rho C u / N: the paper's figure, and lightly.
+    `through_batch=True` differentiates B as well, as the port sayannag/TiCo-pytorch does; the value is the same. The
+    paper's equation 4 has the 1, its pseudo-code has not.
+
+    Args:
+        z_a, z_b: (N, D), N > 1: one row a sample, the two views; z_b is usually a momentum encoder's, without gradient.
+        covariance: C of the call before, (D, D), a constant, moved to where z_a is; None: zero.
+        beta: how much of it stays.
+        rho: weight of the covariance.
+        through_batch: see above.
+
+    Returns:
+        loss, (), and C, (D, D), without gradient, for the next call.
+
+    Raises:
+        ValueError, TypeError: other shapes, dtypes or devices; one row or none; a weight not as said.
+
+    Example:
+        >>> z_a, z_b = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> loss, covariance = tico_loss(z_a, z_b)
+        >>> loss, covariance = tico_loss(z_a, z_b, covariance)
+
+    Source: Zhu et al. 2022 (arXiv:2206.10698); lightly `TiCoLoss`, whose pull requests 1016 and 1484 discuss the paper.
+    """
+    _check_views(z_a=z_a, z_b=z_b)
+    check_tico(beta, rho)
+    d = z_a.shape[1]
+    if covariance is not None:
+        check.floating("covariance", covariance)
+        if covariance.shape != (d, d):
+            raise ValueError(f"covariance must have shape ({d}, {d}), got {tuple(covariance.shape)}")
+    u, v = common.normalize(common.wide(z_a)), common.normalize(common.wide(z_b))
+    with full_precision(u):
+        batch = u.T @ u / len(u)
+    c = (1 - beta) * (batch if through_batch else batch.detach())
+    if covariance is not None:
+        c = c + beta * covariance.detach().to(c)
+    # the mean of u_i^T C u_i is <B, C>: no product of rows with C
+    loss = 1 - common.row_dot(u, v).mean() + rho * (batch * c).sum()
+    return loss, c.detach()
+
+
+def frossl_loss(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Tensor:
+    """FroSSL: the features of each view are uncorrelated, by the Frobenius norm alone; every view is near their mean.
+
+        u_v = columns of z_views[v] of unit length                        (N, D), V views; the mean stays
+        m = mean of the u_v
+        loss_i = log ||u_i^T u_i||_F^2 - 2 log trace(u_i^T u_i)
+                 + invariance_weight (V / N) ||u_i - m||_F^2              a view's; trace = D where no column is zero
+        loss = sum of the views
+
+    This is the paper's loss as lightly and solo-learn have it. The authors' own code has been other things: columns
+    with mean and deviation taken out, a mean squared error between the two views (its first form), and rows of length
+    sqrt(D) in place of the columns (its later, "multiview" form). lightly's trace is a Python number, a constant in
+    the gradient; here it is no number, and the gradient is the same, as the trace of unit columns does not move.
+
+    Args:
+        z_views: at least two tensors (N, D), N > 1: one row a sample.
+        invariance_weight: weight of the second term.
+
+    Raises:
+        ValueError, TypeError: less than two views; other shapes, dtypes or devices; one row or none.
+
+    Example:
+        >>> views = [torch.randn(8, 16, requires_grad=True) for _ in range(3)]
+        >>> frossl_loss(views).backward()
+
+    Source: Skean et al. 2024 (arXiv:2310.02903); lightly `FroSSLLoss`; solo-learn `solo/losses/frossl.py`.
+    """
+    if not isinstance(z_views, Sequence):
+        raise TypeError(f"z_views must be a list of tensors, got {type(z_views).__name__}")
+    count = len(z_views)
+    if count < 2:
+        raise ValueError(f"z_views must hold at least two views, got {count}")
+    for i in range(1, count):
+        _check_views(**{"z_views[0]": z_views[0], f"z_views[{i}]": z_views[i]})
+    check_weight("invariance_weight", invariance_weight)
+    lengths = [torch.linalg.vector_norm(common.wide(z), dim=0) for z in z_views]
+    views = [common.wide(z) / length.clamp_min(EPS) for z, length in zip(z_views, lengths)]
+    center = sum(views[1:], views[0]) / count
+    loss = invariance_weight * count / len(center) * sum((u - center).square().sum() for u in views)
+    for u, length in zip(views, lengths):
+        trace = (length / length.clamp_min(EPS)).detach().square().sum()
+        loss = loss + product_frobenius(u).log() - 2 * trace.log()
+    return loss
+
+
+def _check_views(**views: Any) -> None:
+    common.check_pair(None, **views)
+    name, z = next(iter(views.items()))
+    if z.shape[0] == 1:
+        raise ValueError(f"{name} must have more than one row, got shape {tuple(z.shape)}")
+    if z.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
+
+
+def check_weight(name: str, x: Any) -> None:
+    check.in_range(name, x, 0.0, math.inf)
+
+
+def check_vicreg(lambda_param: float, mu_param: float, nu_param: float, eps: float, variant: str) -> None:
+    for name, x in (("lambda_param", lambda_param), ("mu_param", mu_param), ("nu_param", nu_param)):
+        check_weight(name, x)
+    check.positive("eps", eps)
+    check.choice("variant", variant, VARIANTS)
+
+
+def check_tico(beta: float, rho: float) -> None:
+    check.in_range("beta", beta, 0.0, 1.0)
+    check_weight("rho", rho)
