@@ -3,16 +3,19 @@
 
 from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
 from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predictor
+from sslkernels.nn.heads import DINOHead, WeightNormLinear
 from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
 
 __all__ = [
     "ConvolutionalDecoder",
+    "DINOHead",
     "MaskedDecoder",
     "Predictor",
     "ProjectionHead",
     "ResidualCNN",
     "TransformerBlock",
     "VisionTransformer",
+    "WeightNormLinear",
     "feature_dim",
     "sincos_positions",
 ]
