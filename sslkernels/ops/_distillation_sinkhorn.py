@@ -67,10 +67,10 @@ def sinkhorn_knopp(scores: Tensor, iterations: int = 3, epsilon: float = 0.05) -
 def sinkhorn_center(scores: Tensor, iterations: int = 3, epsilon: float = 0.05) -> Tensor:
     """The centre c with which softmax((scores - c) / epsilon) are the codes of `sinkhorn_knopp`. No gradient.
 
-        c_k = epsilon log sum_b exp(scores_bk / epsilon)
+        c_k = epsilon log(K/B sum_b exp(scores_bk / epsilon))
         repeat `iterations - 1` times:
             p   = softmax((scores - c) / epsilon)           over the prototypes
-            c_k = c_k + epsilon log sum_b p_bk
+            c_k = c_k + epsilon log(K/B sum_b p_bk)         until each prototype has B/K of the samples
 
     So Sinkhorn is centring with another centre than the mean, and whatever takes a centre needs no codes:
     `soft_cross_entropy(student, teacher, sinkhorn_center(teacher, epsilon=t), teacher_temp=t)`. A number added to all

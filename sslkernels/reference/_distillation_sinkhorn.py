@@ -13,12 +13,14 @@ from sslkernels.reference._precision import compute_dtype
 def sinkhorn_center(scores: Tensor, iterations: int = 3, epsilon: float = 0.05) -> Tensor:
     """See `sslkernels.ops.sinkhorn_center`."""
     x = scores.to(compute_dtype(scores))
+    uniform = x.shape[-2] / x.shape[-1]
     highest = x.amax(-2)
-    center = highest + epsilon * ((x - highest.unsqueeze(-2)) / epsilon).logsumexp(-2)
+    usage = ((x - highest.unsqueeze(-2)) / epsilon).exp().sum(-2) / uniform
+    center = highest + epsilon * usage.log()
     for _ in range(iterations - 1):
-        # a prototype's share of the samples is at least 1 / K, since its column of exp((x - c) / eps) sums to one
-        share = ((x - center.unsqueeze(-2)) / epsilon).softmax(-1).sum(-2)
-        center = center + epsilon * share.log()
+        # each column of exp((x - c) / eps) has the sum B / K, so that no usage vanishes: it is at least 1 / K
+        usage = ((x - center.unsqueeze(-2)) / epsilon).softmax(-1).sum(-2) / uniform
+        center = center + epsilon * usage.log()
     return center
 
 

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sinkhorn-Knopp: one sweep over the scores for each iteration, which keeps a number a prototype, and one for the
+// codes.
+//
+// With e_bk = exp((x_bk - c_k) / eps) and Z_b = sum_k e_bk, an iteration is c_k += eps log(K / B sum_b e_bk / Z_b). By
+// the factor K / B the Z_b of usual samples stay near one, so that a row needs no maximum first; a row whose Z_b leaves
+// the range where its terms are exact is done again relative to its own maximum. The sum over b is at least 1 / K
+// relative to its largest term, as each column of e starts with the sum B / K, and cannot vanish.
+#include "cpu/operand.h"
+
+namespace sslkernels {
+constexpr i64 kRowsAtOnce = 8;  // rows that a column's sum takes in one visit
+}
+
+#define SSLKERNELS_LEAVES "cpu/distillation_sinkhorn.inl"
+#include "cpu/multiversion.inl"
+
+namespace sslkernels {
+
+namespace {
+
+constexpr i64 kPiece = 2048;    // columns that are summed in T before they join a sum in double
+constexpr i64 kRowsAFold = 64;  // rows likewise
+constexpr double kFlopsAnExp = 64;
+
+// The scores (B, K) of one view, of any dtype and strides.
+template <typename T>
+class Scores {
+ public:
+  Scores(const Tensor& x, i64 view)
+      : rows(x.size(x.dim() - 2)),
+        cols(x.size(x.dim() - 1)),
+        row_stride_(x.stride(x.dim() - 2)),
+        col_stride_(x.stride(x.dim() - 1)),
+        bytes_(static_cast<i64>(x.element_size())),
+        data_(static_cast<const char*>(x.const_data_ptr()) + (x.dim() == 3 ? view * x.stride(0) * bytes_ : 0)),
+        dtype_(kind(x)),
+        direct_(x.scalar_type() == kScalar<T> && (col_stride_ == 1 || cols == 1)) {}
+
+  // `count` rows of `width` columns from (row, col) on: where they lie, else converted into `scratch`
+  const T* fetch(i64 row, i64 count, i64 col, i64 width, T* scratch, i64* ld) const {
+    const char* at = data_ + (row * row_stride_ + col * col_stride_) * bytes_;
+    *ld = direct_ ? row_stride_ : width;
+    if (direct_)
+      return reinterpret_cast<const T*>(at);
+    tiles<T>().load(at, dtype_, row_stride_, col_stride_, scratch, count, width, T(1));
+    return scratch;
+  }
+
+  const i64 rows, cols;
+
+ private:
+  i64 row_stride_, col_stride_, bytes_;
+  const char* data_;
+  Dtype dtype_;
+  bool direct_;
+};
+
+template <typename T>
+class Sinkhorn {
+ public:
+  Sinkhorn(const Tensor& x, i64 view, double epsilon)
+      : x_(x, view),
+        epsilon_(epsilon),
+        scale_(static_cast<T>(1 / epsilon)),
+        log_ratio_(std::log(static_cast<double>(x_.cols) / x_.rows)),
+        threads_(useful_threads(kFlopsAnExp * x_.rows * x_.cols)) {}
+
+  void center(i64 iterations, T* c) const {
+    first(c);
+    if (iterations == 1)
+      return;
+    const i64 threads = std::min(threads_, (x_.rows + 15) / 16);
+    Buffer<double> totals(threads * x_.cols);
+    for (i64 i = 1; i < iterations; ++i) {
+      run(threads, [&](i64 t) { shares(part(0, x_.rows, t, threads), c, totals + t * x_.cols); });
+      run(threads_, [&](i64 t) {
+        const Range mine = part(0, x_.cols, t, threads_);
+        for (i64 k = mine.begin; k < mine.end; ++k) {
+          double total = 0;
+          for (i64 other = 0; other < threads; ++other) total += totals[other * x_.cols + k];
+          move(total, c + k);
+        }
+      });
+    }
+  }
+
+  void codes(const T* c, T* out) const {
+    run(threads_, [&](i64 t) {
+      Buffer<T> scratch(kPiece);
+      const Range mine = part(0, x_.rows, t, threads_);
+      for (i64 b = mine.begin; b < mine.end; ++b) {
+        T* row = out + b * x_.cols;
+        double sum = pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
+          return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + k, n, scale_, T(0), row + k));
+        });
+        if (!usual(sum))
+          sum = again(b, c, scratch, row);
+        const T inverse = static_cast<T>(1 / sum);
+        tiles<T>().scale_rows(row, 0, row, 0, &inverse, 1, x_.cols);
+      }
+    });
+  }
+
+ private:
+  // c_k += epsilon log(K / B total)
+  void move(double total, T* c) const {
+    *c = static_cast<T>(*c + epsilon_ * (log_ratio_ + std::log(static_cast<T>(total))));
+  }
+
+  // c_k = epsilon log(K / B sum_b exp(x_bk / epsilon))
+  void first(T* c) const {
+    run(threads_, [&](i64 t) {
+      const Range mine = part(0, x_.cols, t, threads_);
+      Buffer<T> sums(mine.size()), scratch(kRowsAtOnce * kPiece);
+      std::fill(c + mine.begin, c + mine.end, kNone<T>);
+      std::fill_n(static_cast<T*>(sums), mine.size(), T(0));
+      for (i64 b = 0; b < x_.rows; b += kRowsAtOnce) {
+        const i64 count = std::min(kRowsAtOnce, x_.rows - b);
+        for (i64 k = mine.begin; k < mine.end; k += kPiece) {
+          const i64 n = std::min(kPiece, mine.end - k);
+          i64 ld;
+          const T* x = x_.fetch(b, count, k, n, scratch, &ld);
+          SSLKERNELS_AT_LEVEL(column_sums<T>(x, ld, count, n, scale_, c + k, sums + (k - mine.begin)));
+        }
+      }
+      for (i64 k = mine.begin; k < mine.end; ++k) move(sums[k - mine.begin], c + k);
+    });
+  }
+
+  // total_k = sum over the rows b of e_bk / Z_b. What a row adds is known at its end, and joins on the next one's
+  // visit.
+  void shares(Range rows, const T* c, double* total) const {
+    const i64 k = x_.cols;
+    Buffer<T> weights(k), share(k), scratch(kPiece);
+    std::fill_n(static_cast<T*>(weights), k, T(0));
+    std::fill_n(static_cast<T*>(share), k, T(0));
+    std::fill_n(total, k, 0.0);
+    T inverse = 0;
+    for (i64 b = rows.begin; b < rows.end; ++b) {
+      double sum = pieces(b, scratch, [&](const T* x, i64 at, i64 n) {
+        return SSLKERNELS_AT_LEVEL(share_and_weigh<T>(x, c + at, n, scale_, weights + at, inverse, share + at));
+      });
+      if (!usual(sum))
+        sum = again(b, c, scratch, weights);
+      inverse = static_cast<T>(1 / sum);
+      if ((b - rows.begin) % kRowsAFold == kRowsAFold - 1)
+        SSLKERNELS_AT_LEVEL(fold<T>(k, share, total));
+    }
+    tiles<T>().axpy(share, inverse, weights, k);
+    SSLKERNELS_AT_LEVEL(fold<T>(k, share, total));
+  }
+
+  // The weights of a row relative to the largest of them, and their sum.
+  double again(i64 b, const T* c, T* scratch, T* weights) const {
+    T highest = kNone<T>;
+    pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
+      highest = std::max(highest, SSLKERNELS_AT_LEVEL(largest<T>(x, c + k, n)));
+      return T(0);
+    });
+    return pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
+      return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + k, n, scale_, highest, weights + k));
+    });
+  }
+
+  // exp is zero below 4e-31, and bounded above
+  static bool usual(double sum) { return sum > 1e-16 && sum < 1e16; }
+
+  // sum of f(piece of row b, its first column, its length)
+  template <typename F>
+  double pieces(i64 b, T* scratch, const F& f) const {
+    double sum = 0;
+    for (i64 k = 0; k < x_.cols; k += kPiece) {
+      const i64 n = std::min(kPiece, x_.cols - k);
+      i64 ld;
+      sum += f(x_.fetch(b, 1, k, n, scratch, &ld), k, n);
+    }
+    return sum;
+  }
+
+  const Scores<T> x_;
+  double epsilon_;
+  T scale_;
+  double log_ratio_;
+  i64 threads_;
+};
+
+std::vector<i64> sizes(const Tensor& x, bool of_center) {
+  std::vector<i64> out;
+  for (i64 d = 0; d < x.dim(); ++d) {
+    if (!of_center || d != x.dim() - 2)
+      out.push_back(x.size(d));
+  }
+  return out;
+}
+
+Tensor sinkhorn_center(const Tensor& scores, i64 iterations, double epsilon) {
+  return with_type(is_double(scores), [&](auto zero) {
+    using T = decltype(zero);
+    Tensor result = empty(sizes(scores, true), kScalar<T>);
+    const i64 views = scores.dim() == 3 ? scores.size(0) : 1, cols = scores.size(scores.dim() - 1);
+    for (i64 v = 0; v < views; ++v) Sinkhorn<T>(scores, v, epsilon).center(iterations, data<T>(result) + v * cols);
+    return result;
+  });
+}
+
+Tensor sinkhorn_knopp(const Tensor& scores, i64 iterations, double epsilon) {
+  return with_type(is_double(scores), [&](auto zero) {
+    using T = decltype(zero);
+    Tensor result = empty(sizes(scores, false), kScalar<T>);
+    const i64 views = scores.dim() == 3 ? scores.size(0) : 1, cols = scores.size(scores.dim() - 1);
+    Buffer<T> center(cols);
+    for (i64 v = 0; v < views; ++v) {
+      const Sinkhorn<T> view(scores, v, epsilon);
+      view.center(iterations, center);
+      view.codes(center, data<T>(result) + v * (scores.numel() / views));
+    }
+    return result;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, library) {
+  library.impl("sinkhorn_center", TORCH_BOX(&sinkhorn_center));
+  library.impl("sinkhorn_knopp", TORCH_BOX(&sinkhorn_knopp));
+}
+
+}  // namespace sslkernels
