@@ -28,6 +28,7 @@ from sslkernels.losses.correlation import (
     tico_loss,
     vicreg_loss,
 )
+from sslkernels.losses.distillation import DINOLoss, IBOTPatchLoss, SwaVLoss, dino_loss, ibot_patch_loss, swav_loss
 from sslkernels.losses.queue import MemoryQueue
 from sslkernels.losses.regression import (
     BYOLLoss,
@@ -43,7 +44,9 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "DINOLoss",
     "FroSSLLoss",
+    "IBOTPatchLoss",
     "InfoNCELoss",
     "MaskedRegressionLoss",
     "MemoryQueue",
@@ -51,6 +54,7 @@ __all__ = [
     "NegativeCosineSimilarity",
     "SigLipLoss",
     "SupConLoss",
+    "SwaVLoss",
     "TiCoLoss",
     "VICRegLoss",
     "barlow_twins_loss",
@@ -58,13 +62,16 @@ __all__ = [
     "clamp_logit_scale_",
     "clip_loss",
     "dcl",
+    "dino_loss",
     "frossl_loss",
+    "ibot_patch_loss",
     "info_nce",
     "mises_fisher_weights",
     "negative_cosine_similarity",
     "nt_xent",
     "siglip_loss",
     "supcon",
+    "swav_loss",
     "tico_loss",
     "vicreg_loss",
 ]

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation over prototypes as modules: DINO, iBOT's patch loss, SwAV. Each is its function plus a centre.
+
+Constructors and `forward` take what lightly's class of that name takes, and their `state_dict` is interchangeable.
+
+Where `weight` is given to `forward`, the outputs are the hidden rows before the head's last layer (256 wide, of unit
+length), `weight` its prototypes, and the logits, 65,536 a row, are not stored; else the outputs are logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels.losses._distillation import Views, count_views, dino_loss, ibot_patch_loss, swav_loss
+from sslkernels.ops.distillation import sinkhorn_center
+
+__all__ = ["DINOLoss", "IBOTPatchLoss", "SwaVLoss", "dino_loss", "ibot_patch_loss", "swav_loss"]
+
+CENTER_MODES = ("mean", "sinkhorn_knopp")
+
+
+class DINOLoss(nn.Module):
+    """`dino_loss` with the centre and the teacher temperature of DINO.
+
+    The centre of this batch's loss is the one from before it; then centre = momentum * centre + (1 - momentum) * mean
+    of the teacher's logits, in every forward, as in DINO, DINOv2 and lightly.
+
+    Args:
+        output_dim: V, the number of prototypes.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: with `epoch` given to forward, the teacher's
+            temperature goes from the first to the second in that many epochs, linearly; without, it is teacher_temp.
+            DINOv2 goes from 0.04 to 0.07 by iterations: give `teacher_temp` to forward.
+        student_temp: the student's temperature.
+        center_momentum: of the centre.
+        center_mode: "mean", or "sinkhorn_knopp": DINOv2's option, whose centre balances the prototypes over this
+            batch's teacher rows of all views, in three iterations; the buffer then stays as it is.
+
+    `forward(teacher_out, student_out, teacher_temp=None, epoch=None, *, weight=None, teacher_weight=None)` takes what
+    `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp" the teacher's logits are
+    stored, since each iteration reads them; the student's are not.
+
+    Unlike lightly's, the centre is that of the own process: nothing is reduced over processes.
+
+    Example:
+        >>> loss_fn = DINOLoss(output_dim=32)
+        >>> teacher = [torch.randn(4, 32) for _ in range(2)]
+        >>> student = [torch.randn(4, 32, requires_grad=True) for _ in range(6)]
+        >>> loss_fn(teacher, student, epoch=0).backward()
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_mode: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(output_dim, center_mode, center_momentum, teacher_temp=teacher_temp, student_temp=student_temp)
+        check.positive("warmup_teacher_temp", warmup_teacher_temp)
+        check.integer("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
+        self.warmup_teacher_temp, self.teacher_temp = warmup_teacher_temp, teacher_temp
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.student_temp, self.center_momentum, self.center_mode = student_temp, center_momentum, center_mode
+        self.register_buffer("center", torch.zeros(1, 1, output_dim))
+
+    def forward(
+        self,
+        teacher_out: Views,
+        student_out: Views,
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+        *,
+        weight: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+    ) -> Tensor:
+        temperature = self.temperature(epoch) if teacher_temp is None else teacher_temp
+        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "student_temp": self.student_temp}
+        if self.center_mode == "mean":
+            loss, mean = dino_loss(teacher_out, student_out, self.center, temperature, return_center=True, **call)
+            _move(self.center, mean, self.center_momentum)
+            return loss
+        count_views("teacher_out", teacher_out)
+        views = [teacher_out] if isinstance(teacher_out, Tensor) else list(teacher_out)
+        rows = [x.flatten(0, -2) for x in views]
+        center = _balanced(rows[0] if len(rows) == 1 else torch.cat(rows), temperature, weight, teacher_weight)
+        return dino_loss(teacher_out, student_out, center, temperature, **call)
+
+    def temperature(self, epoch: int | None) -> float:
+        """The teacher's temperature in an epoch."""
+        last = self.warmup_teacher_temp_epochs - 1
+        if epoch is None or epoch > last:
+            return self.teacher_temp
+        return self.warmup_teacher_temp + (self.teacher_temp - self.warmup_teacher_temp) * epoch / max(last, 1)
+
+    def extra_repr(self) -> str:
+        names = ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs", "student_temp")
+        return _shown(self, self.center.shape[-1], *names, "center_momentum", "center_mode")
+
+
+class Center(nn.Module):
+    """A centre (1, V) as a module of its own, which is where lightly's iBOT loss keeps it."""
+
+    center: Tensor
+
+    def __init__(self, output_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(1, output_dim))
+
+
+class IBOTPatchLoss(nn.Module):
+    """`ibot_patch_loss` with a centre of the patch tokens.
+
+    The centre of this batch's loss is the one from before it, then it moves as in `DINOLoss`, by the mean of the given
+    masked tokens: DINOv2's and lightly's rule. iBOT's own takes all patch tokens of the teacher, masked or not: give
+    their mean logits as `center_mean`. A batch without a masked token has a loss of 0 and leaves the centre as it is.
+
+    Args:
+        output_dim: V, the number of prototypes.
+        teacher_temp, student_temp: temperatures.
+        center_mode: "mean", or "sinkhorn_knopp" over the masked tokens, as in `DINOLoss`.
+        center_momentum: of the centre.
+
+    `forward(teacher_out, student_out, mask, teacher_temp=None, *, weight=None, teacher_weight=None, center_mean=None)`.
+
+    Example:
+        >>> mask = torch.rand(4, 7, 7) < 0.3
+        >>> student = torch.randn(int(mask.sum()), 32, requires_grad=True)
+        >>> IBOTPatchLoss(output_dim=32)(torch.randn(student.shape), student, mask).backward()
+    """
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        teacher_temp: float = 0.04,
+        student_temp: float = 0.1,
+        center_mode: str = "mean",
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        _check_options(output_dim, center_mode, center_momentum, teacher_temp=teacher_temp, student_temp=student_temp)
+        self.teacher_temp, self.student_temp = teacher_temp, student_temp
+        self.center_momentum, self.center_mode = center_momentum, center_mode
+        self.center = Center(output_dim)
+
+    def forward(
+        self,
+        teacher_out: Tensor,
+        student_out: Tensor,
+        mask: Tensor,
+        teacher_temp: float | None = None,
+        *,
+        weight: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        center_mean: Tensor | None = None,
+    ) -> Tensor:
+        temperature, center = self.teacher_temp if teacher_temp is None else teacher_temp, self.center.center
+        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "student_temp": self.student_temp}
+        if self.center_mode == "sinkhorn_knopp":
+            if center_mean is not None:
+                raise ValueError("center_mean must not be given with center_mode='sinkhorn_knopp'")
+            check.floating("teacher_out", teacher_out)
+            if teacher_out.shape[0]:
+                center = _balanced(teacher_out, temperature, weight, teacher_weight)
+            return ibot_patch_loss(teacher_out, student_out, mask, center, temperature, **call)
+        loss, mean = ibot_patch_loss(teacher_out, student_out, mask, center, temperature, return_center=True, **call)
+        if center_mean is not None:
+            check.vector("center_mean", center_mean, center.shape[-1], center, check.FLOATS)
+            mean = center_mean.detach()
+        if teacher_out.shape[0] or center_mean is not None:
+            _move(center, mean, self.center_momentum)
+        return loss
+
+    def extra_repr(self) -> str:
+        names = ("teacher_temp", "student_temp", "center_mode", "center_momentum")
+        return _shown(self, self.center.center.shape[-1], *names)
+
+
+class SwaVLoss(nn.Module):
+    """`swav_loss` as a module.
+
+    Args:
+        temperature: of the predictions.
+        sinkhorn_iterations, sinkhorn_epsilon: of the codes, as in `sinkhorn_knopp`.
+        sinkhorn_gather_distributed: must be False.
+
+    Example:
+        >>> high = [torch.randn(4, 32, requires_grad=True) for _ in range(2)]
+        >>> SwaVLoss()(high, [torch.randn(4, 32, requires_grad=True)]).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.integer("sinkhorn_iterations", sinkhorn_iterations, 1)
+        check.positive("sinkhorn_epsilon", sinkhorn_epsilon)
+        if sinkhorn_gather_distributed:
+            raise NotImplementedError(
+                "sinkhorn_gather_distributed=True is not supported: codes balance the samples of the own process"
+            )
+        self.temperature = temperature
+        self.sinkhorn_iterations, self.sinkhorn_epsilon = sinkhorn_iterations, sinkhorn_epsilon
+
+    def forward(
+        self,
+        high_resolution_outputs: Sequence[Tensor],
+        low_resolution_outputs: Sequence[Tensor] = (),
+        queue_outputs: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        options = (self.temperature, self.sinkhorn_iterations, self.sinkhorn_epsilon)
+        return swav_loss(high_resolution_outputs, low_resolution_outputs, queue_outputs, *options)
+
+    def extra_repr(self) -> str:
+        return _shown(self, None, "temperature", "sinkhorn_iterations", "sinkhorn_epsilon")
+
+
+@torch.no_grad()
+def _move(center: Tensor, mean: Tensor, momentum: float) -> None:
+    center.lerp_(mean.to(center.dtype).view_as(center), 1 - momentum)
+
+
+@torch.no_grad()
+def _balanced(rows: Tensor, temperature: float, weight: Tensor | None, teacher_weight: Tensor | None) -> Tensor:
+    """The centre of DINOv2's Sinkhorn over the teacher's rows, logits or hidden."""
+    prototypes = weight if teacher_weight is None else teacher_weight
+    logits = rows if prototypes is None else nn.functional.linear(rows, prototypes)
+    return sinkhorn_center(logits, 3, temperature)
+
+
+def _check_options(output_dim: int, center_mode: str, center_momentum: float, **temperatures: float) -> None:
+    check.integer("output_dim", output_dim, 1)
+    check.choice("center_mode", center_mode, CENTER_MODES)
+    check.in_range("center_momentum", center_momentum, 0.0, 1.0)
+    for name, x in temperatures.items():
+        check.positive(name, x)
+
+
+def _shown(module: nn.Module, output_dim: int | None, *names: str) -> str:
+    shown = {} if output_dim is None else {"output_dim": output_dim}
+    return ", ".join(f"{name}={x}" for name, x in {**shown, **{name: getattr(module, name) for name in names}}.items())
