@@ -136,7 +136,8 @@ def softmax_center(logits: Tensor, center: Tensor | None = None, temperature: fl
     if center is not None:
         _check_center(center, logits, 1)
         center = center.reshape(-1)
-    return op.softmax_center(logits, center, float(temperature))
+    p, mean = op.softmax_center(logits.reshape(-1, logits.shape[-1]), center, float(temperature))
+    return p.reshape(logits.shape), mean
 
 
 def _views(name: str, x: Any) -> list[Tensor]:
