@@ -17,6 +17,7 @@ from torch import Tensor
 
 Inputs = dict[str, Any]  # tensors, lists of tensors and numbers, passed by keyword to every contender of a case
 SEED = 20240607
+LIMIT = 1e-5  # relative error of float32 against float64, by norm for gradients: the library's numeric contract
 COTANGENT = "cotangent"  # the input that weighs an output which is no scalar; the contenders do not see it
 
 
@@ -25,7 +26,8 @@ class Contender:
     """One way to compute something: `call(**inputs)` returns a tensor, or several.
 
     `prepare` gives the inputs the layout that the contender keeps between steps (MoCo's transposed queue), and
-    `result` gives its output the form that `Case.holds` reads (ids for a mask); neither is timed.
+    `result` gives its output the form that `Case.holds` reads (ids for a mask); neither is timed. `changes` names
+    inputs that this contender alone overwrites (logits, by their gradient).
     """
 
     name: str
@@ -34,6 +36,8 @@ class Contender:
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     result: Callable[[Any], Any] = lambda output: output
     compile: bool = False  # timed as torch.compile makes it
+    changes: tuple[str, ...] = ()
+    limit: float = LIMIT  # the relative error up to which it is timed
 
     def compiled(self) -> Contender:
         return replace(self, name=f"{self.name}+compile", source=f"compiled: {self.source}", compile=True)
@@ -98,8 +102,9 @@ class Case:
     floor: Floor | None = None
     goals: tuple[Goal, ...] = field(default=())
     variant: str = ""  # tells apart cases of one op and shape
-    changes: tuple[str, ...] = ()  # inputs that a call overwrites
+    changes: tuple[str, ...] = ()  # inputs that every contender overwrites
     fresh: bool = False  # timed on one batch after the other, so that none is in a cache
+    slow: bool = False  # eager takes a second: fewer rounds where no goal is judged
     memory: bool = True  # whether peak memory says anything
     images_per_row: float = 0  # encoder passes (forward + backward) that one row of N costs in training; 0: no share
 
@@ -132,7 +137,10 @@ class Case:
         return [self.floor.name] if self.floor else []
 
 
-TINY = {"N": 24, "D": 16, "K": 96, "classes": 5, "B": 4, "pixels": 48, "L": 196, "T": 120, "grid": 14, "blocks": 1}
+TINY = {
+    "N": 24, "D": 16, "K": 96, "V": 80, "M": 24, "classes": 5, "B": 4, "pixels": 48, "L": 196, "T": 120, "grid": 14,
+    "blocks": 1,
+}  # fmt: skip
 
 
 def recast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -145,12 +153,29 @@ def recast(value: Any, dtype: torch.dtype | None) -> Any:
     return copied.requires_grad_(value.requires_grad)
 
 
-def leaves(inputs: Inputs) -> dict[str, Tensor]:
-    return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
+def held(value: Any) -> list[Tensor]:
+    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
+
+
+def leaves(inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(x for value in inputs.values() for x in held(value) if x.requires_grad)
+
+
+def cut(value: Any) -> Any:
+    """A leaf in the place of each tensor that was computed; a leaf stays the tensor that it is: its memory is there
+    before a step."""
+    if isinstance(value, list):
+        return [cut(v) for v in value]
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and not value.is_leaf else value
 
 
 def tensors(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
+
+
+def differentiable(output: Any) -> list[Tensor]:
+    """A result may come with what has no gradient: the next centre of a teacher."""
+    return [x for x in tensors(output) if x.requires_grad]
 
 
 @cache
@@ -160,31 +185,28 @@ def compile_once(call: Callable[..., Any]) -> Callable[..., Any]:
 
 class ContenderStep:
     """Forward is the call, backward the gradient of every leaf. `attached`: the leaves are those of `inputs`, even
-    where `prepare` lays them out anew; a timed step starts from what `prepare` made."""
+    where `prepare` lays them out anew; a timed step starts from what `prepare` made. What the call overwrites is the
+    step's own."""
 
     def __init__(self, contender: Contender, inputs: Inputs, changes: Sequence[str] = (), attached: bool = False):
         self.call = compile_once(contender.call) if contender.compile else contender.call
-        prepared = contender.prepare({k: v for k, v in inputs.items() if k != COTANGENT})
-        if not attached:
-            # A leaf of the case stays the tensor that it is: its memory is there before a step.
-            prepared = {
-                k: v.detach().requires_grad_() if isinstance(v, Tensor) and not v.is_leaf else v
-                for k, v in prepared.items()
-            }
-        self.leaves = tuple(leaves(inputs if attached else prepared).values())
-        self.cotangent = inputs.get(COTANGENT)
-        self.initial = {name: prepared[name] for name in changes}
-        self.inputs = {**prepared, **{name: [x.clone() for x in prepared[name]] for name in changes}}
+        self.initial = {name: inputs[name] for name in (*changes, *contender.changes)}
+        inputs = {**inputs, **{name: recast(value, None) for name, value in self.initial.items()}}
+        self.cotangent = inputs.pop(COTANGENT, None)
+        prepared = contender.prepare(inputs)
+        self.inputs = prepared if attached else {name: cut(value) for name, value in prepared.items()}
+        self.leaves = leaves(inputs if attached else self.inputs)
 
     def restore(self) -> None:
-        for name, initial in self.initial.items():
-            torch._foreach_copy_(self.inputs[name], initial)
+        with torch.no_grad():
+            for name, initial in self.initial.items():
+                torch._foreach_copy_(held(self.inputs[name]), held(initial))
 
     def forward(self) -> Any:
         return self.call(**self.inputs)
 
     def backward(self, output: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, self.leaves, self.cotangent) if self.leaves else ()
+        return torch.autograd.grad(differentiable(output), self.leaves, self.cotangent) if self.leaves else ()
 
 
 class Rotation:

@@ -46,6 +46,38 @@ class GemmStep:
 
 
 @dataclass(frozen=True)
+class Grams:
+    """The bare matrix products of two views in the space of the batch: z z^T of both, and one by each in the backward.
+    All of the symmetric ones: whoever computes half of them may be faster."""
+
+    views: Callable[[Inputs], tuple[Tensor, Tensor]]
+    name = "gemm"
+
+    def step(self, inputs: Inputs, shape: dict[str, int], batches: int = 1) -> GramStep:
+        return GramStep(*self.views(inputs))
+
+    def describe(self, shape: dict[str, int]) -> dict[str, int]:
+        return {"products": 4}
+
+
+class GramStep:
+    def __init__(self, first: Tensor, second: Tensor):
+        self.views = first, second
+        self.grams = [z.new_zeros(len(z), len(z)) for z in self.views]
+        self.gradients = [torch.zeros_like(z) for z in self.views]
+
+    def restore(self) -> None:
+        pass
+
+    def forward(self) -> list[Tensor]:
+        return [torch.mm(z, z.t(), out=gram) for z, gram in zip(self.views, self.grams)]
+
+    def backward(self, grams: list[Tensor]) -> None:
+        for z, gram, gradient in zip(self.views, reversed(grams), self.gradients):
+            torch.mm(gram, z, out=gradient)
+
+
+@dataclass(frozen=True)
 class Copy:
     """A plain copy that reads and writes, together, as many bytes as the op has to read and write.
 

@@ -17,13 +17,24 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.case import COTANGENT, Case, Contender, ContenderStep, Inputs, Step, leaves, recast, tensors
+from benchmarks.case import (
+    COTANGENT,
+    Case,
+    Contender,
+    ContenderStep,
+    Inputs,
+    Step,
+    differentiable,
+    held,
+    leaves,
+    recast,
+    tensors,
+)  # fmt: skip
 from benchmarks.cases import find
 from benchmarks.stats import OURS
 
 FRESH = 1e9  # bytes of batches, of which some cases read a quarter; a copy of 150 MB runs at the speed of memory
 MOST_BATCHES = 128
-LIMIT = 1e-5  # relative error of float32 against float64, by norm for gradients: the library's numeric contract
 
 
 def check(case: Case, names: list[str]) -> dict[str, Any]:
@@ -46,8 +57,8 @@ def exact(case: Case) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     inputs = case.make_inputs(torch.float64)
     cotangent = inputs.pop(COTANGENT, None)
     value = case.formula(**inputs)
-    wanted = tuple(leaves(inputs).values())
-    gradients = torch.autograd.grad(value, wanted, cotangent) if wanted else ()
+    wanted = leaves(inputs)
+    gradients = torch.autograd.grad(differentiable(value), wanted, cotangent) if wanted else ()
     return [x.detach() for x in tensors(value)], gradients
 
 
@@ -60,7 +71,7 @@ def compare(
     value_error = max(relative_error(f, e) for f, e in zip(found, values, strict=True))
     gradient_error = max((relative_error(g, e) for g, e in zip(got, gradients, strict=True)), default=0.0)
     # Written so that a NaN fails.
-    ok = value_error <= LIMIT and gradient_error <= LIMIT
+    ok = value_error <= contender.limit and gradient_error <= contender.limit
     report: dict[str, Any] = {"ok": ok, "value_error": value_error, "gradient_error": gradient_error}
     if not ok:
         report["error"] = f"value error {value_error:.1e}, gradient error {gradient_error:.1e}"
@@ -116,10 +127,6 @@ def batches(case: Case) -> list[Inputs]:
     size = memory.tensor_bytes(x for value in inputs.values() for x in held(value))
     copies = min(math.ceil(FRESH / size), MOST_BATCHES) - 1 if case.fresh else 0
     return [inputs, *({name: recast(value, None) for name, value in inputs.items()} for _ in range(copies))]
-
-
-def held(value: Any) -> list[torch.Tensor]:
-    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, torch.Tensor)]
 
 
 def peak(case: Case, name: str) -> float:

@@ -2,10 +2,12 @@
 """The declared cases, by family."""
 
 from benchmarks.case import Case
-from benchmarks.cases import contrastive, ema, masks, patches, regression
+from benchmarks.cases import contrastive, correlation, distillation, ema, masks, patches, regression
 
 FAMILIES: dict[str, tuple[Case, ...]] = {
     "contrastive": contrastive.CASES,
+    "correlation": correlation.CASES,
+    "distillation": distillation.CASES,
     "patches": patches.CASES,
     "masks": masks.CASES,
     "regression": regression.CASES,
@@ -38,4 +40,4 @@ def find(name: str) -> Case:
         for case in cases:
             if case.name == name:
                 return case
-    raise ValueError(f"no case {name!r}; known: {', '.join(c.name for cases in FAMILIES.values() for c in cases)}")
+    raise ValueError(f"no case {name!r}; `python -m benchmarks --list` names them")
