@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Contender, ContenderStep, Inputs, tensors
-from benchmarks.contenders import contrastive, ema, masks, masks_sequence, patches
-from benchmarks.stats import OURS, summary
+from benchmarks.contenders import contrastive, correlation, distillation, ema, masks, masks_sequence, patches
+from benchmarks.stats import summary
 from benchmarks.worker import interleave, relative_error
 
 LARGEST = 1024  # rows; enough to see a difference in cost
@@ -79,6 +79,31 @@ def collated_tokens(m: ModuleType, i: Inputs) -> tuple[Tensor, Tensor]:
     return collator.torch_mask_tokens(i["tokens"].clone(), special_tokens_mask=i["special"])
 
 
+def lightly_tico(m: ModuleType, i: Inputs) -> tuple[Tensor, Tensor]:
+    loss = m.TiCoLoss(beta=i["beta"], rho=i["rho"])
+    loss.C = i["covariance"]
+    return loss(i["z_a"], i["z_b"]), loss.C
+
+
+def lightly_dino(m: ModuleType, i: Inputs) -> tuple[Tensor, Tensor]:
+    loss = m.DINOLoss(len(i["center"]), teacher_temp=i["tau_t"], student_temp=i["tau_s"], center_momentum=i["momentum"])
+    loss.center.copy_(i["center"])
+    return loss(list(i["teacher"].chunk(2)), list(i["student"].chunk(i["crops"]))), loss.center[0, 0]
+
+
+def lightly_ibot(m: ModuleType, i: Inputs) -> tuple[Tensor, Tensor]:
+    loss = m.IBOTPatchLoss(
+        len(i["center"]), teacher_temp=i["tau_t"], student_temp=i["tau_s"], center_momentum=i["momentum"]
+    )
+    loss.center.center.copy_(i["center"])
+    return loss(i["teacher"], i["student"], i["mask"]), loss.center.value[0]
+
+
+def lightly_swav(m: ModuleType, i: Inputs) -> Tensor:
+    views = i["scores"].chunk(i["crops"])
+    return m.SwaVLoss(i["tau"], i["iterations"], i["epsilon"])(list(views[:2]), list(views[2:]))[0]
+
+
 PEERS: dict[Callable[..., Tensor], Peer] = {
     contrastive.lightly_nt_xent: Peer(
         "lightly.loss", lambda m, i: m.NTXentLoss(temperature=i["temperature"])(i["out0"], i["out1"])
@@ -102,6 +127,18 @@ PEERS: dict[Callable[..., Tensor], Peer] = {
     contrastive.metric_learning_supcon: Peer(
         "pytorch_metric_learning.losses",
         lambda m, i: m.SupConLoss(temperature=i["temperature"])(i["features"], i["labels"]),
+    ),
+    correlation.lightly_barlow: Peer(
+        "lightly.loss.barlow_twins_loss", lambda m, i: m.BarlowTwinsLoss(i["lambda_param"])(i["z_a"], i["z_b"])
+    ),
+    correlation.lightly_vicreg: Peer("lightly.loss.vicreg_loss", lambda m, i: m.VICRegLoss()(i["z_a"], i["z_b"])),
+    correlation.lightly_tico: Peer("lightly.loss.tico_loss", lightly_tico),
+    correlation.lightly_frossl: Peer("lightly.loss.frossl_loss", lambda m, i: m.FroSSLLoss()([i["z_a"], i["z_b"]])),
+    distillation.lightly_dino: Peer("lightly.loss.dino_loss", lightly_dino),
+    distillation.lightly_patches: Peer("lightly.loss.ibot_loss", lightly_ibot),
+    distillation.lightly_swav: Peer("lightly.loss.swav_loss", lightly_swav),
+    distillation.lightly_sinkhorn: Peer(
+        "lightly.loss.swav_loss", lambda m, i: m.sinkhorn(i["scores"], i["iterations"], i["epsilon"])
     ),
     patches.lightly_gather: Peer(
         "lightly.models.utils",
@@ -176,7 +213,7 @@ def compare(cases: list[Case], say: Callable[[str], None] = print) -> bool:
         small = case.sized(N=min(case.shape["N"], LARGEST)) if "N" in case.shape else case
         for contender in case.contenders:
             key = (contender.call, *small.shape.values())
-            if contender.name == "lean" or contender.compile or contender.name == OURS or key in seen:
+            if contender.name not in case.eager or contender.compile or key in seen:
                 continue
             seen.add(key)
             label = f"{case.op} {small.shape}: {contender.name}"

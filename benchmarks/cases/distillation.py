@@ -121,9 +121,8 @@ CASES = (
         variant="DINO, 2 x 10 views, frozen prototypes", slow=True, goals=(within(FUSED, 1.0), memory(FUSED, 0.125)),
     ),
     Case(
-        "ibot_patches", "soft_cross_entropy", {"M": 1024, "V": 8192}, patch_inputs, contenders.PATCHES,
+        "ibot_patches", "ibot_patch_loss", {"M": 1024, "V": 8192}, patch_inputs, contenders.PATCHES,
         eager=("dinov2", "lightly"), formula=formulas.ibot_patches, floor=Copy(patch_bytes),
-        variant="iBOT, masked tokens",
     ),
     Case(
         "sinkhorn_knopp", "sinkhorn_knopp", {"B": 256, "K": 65536}, sinkhorn_inputs, contenders.SINKHORN,

@@ -230,13 +230,10 @@ def lean_patches(
 def ours_patches(
     student: Tensor, teacher: Tensor, center: Tensor, mask: Tensor, tau_s: float, tau_t: float, momentum: float
 ) -> Pair:
-    from sslkernels.ops import soft_cross_entropy
+    from sslkernels.losses import ibot_patch_loss
 
-    loss, mean = soft_cross_entropy(
-        student, teacher, center, student_temp=tau_s, teacher_temp=tau_t, row_weight=weights_of(mask), reduction="sum",
-        return_center=True,
-    )  # fmt: skip
-    return loss / len(mask), center.lerp(mean, 1 - momentum)
+    loss, mean = ibot_patch_loss(teacher, student, mask, center, tau_t, tau_s, return_center=True)
+    return loss, center.lerp(mean, 1 - momentum)
 
 
 # --- Sinkhorn and SwAV -------------------------------------------------------------------------------------------

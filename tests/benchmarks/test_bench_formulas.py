@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import overflow
 from benchmarks.cases import find
 from benchmarks.formulas import ema
 
@@ -95,3 +96,14 @@ def test_an_average_that_is_not_rounded_at_random_is_seen(update):
     targets = [t.clone() for t in inputs["targets"]]
     result = [update(t, s, inputs["momentum"]) for t, s in zip(targets, inputs["sources"], strict=True)]
     assert ema.rounded_at_random(result, **inputs)
+
+
+def test_where_the_originals_overflow_ours_is_exact():
+    found = overflow.errors()
+    at = {largest: {name: row[i] for name, row in found.items()} for i, largest in enumerate(overflow.LARGEST)}
+    assert all(at[3.5][name] < 1e-5 for name in ("DINOv2", "SwAV", "lightly"))
+    assert all(at[3.6][name] != at[3.6][name] for name in ("DINOv2", "SwAV", "lightly"))  # NaN
+    assert at[1.0]["DINOv2, the maximum of each row subtracted"] > 0.1  # finite, and other codes
+    for largest in overflow.LARGEST:
+        assert at[largest]["sinkhorn_knopp"] <= max(1e-5, 4 * 2.0**-23 * largest / overflow.TEMPERATURE)
+    assert overflow.table(found).count("NaN") >= 9

@@ -156,6 +156,70 @@ def test_a_step_in_place_has_its_own_state_which_each_sample_finds_anew():
     assert torch.equal(inputs["targets"][0], start)  # the next contender starts from there
 
 
+class Overwrite(torch.autograd.Function):
+    """x ** 2 / 2, whose gradient x it finds in the memory of its input; there it leaves twos."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.gradient = x.detach()
+        value = x.square().sum() / 2
+        ctx.save_for_backward(ctx.gradient.clone())
+        ctx.gradient.fill_(2.0)
+        return value
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def test_a_contender_that_overwrites_its_input_has_its_own():
+    def inputs(generator, N):
+        return {"x": torch.arange(float(N)).requires_grad_()}
+
+    over = Contender("over", lambda x: Overwrite.apply(x), "", changes=("x",))
+    plain = Contender("plain", lambda x: x.square().sum() / 2, "")
+    case = Case("half", "half", {"N": 4}, inputs, (over, plain), eager=(), formula=plain.call)
+    assert all(entry["ok"] for entry in worker.check(case, ["over", "plain", "over"]).values())
+    made = case.make_inputs()
+    step = case.step("over", made)
+    for _ in range(2):
+        step.restore()
+        assert torch.equal(step.backward(step.forward())[0], torch.arange(4.0))
+    assert torch.equal(step.inputs["x"], torch.full((4,), 2.0)) and step.inputs["x"].requires_grad
+    assert torch.equal(made["x"], torch.arange(4.0))
+
+
+def test_leaves_may_be_the_parts_that_a_contender_takes_apart():
+    def inputs(generator, N):
+        return {"x": torch.randn(N, 3, generator=generator).requires_grad_()}
+
+    def apart(inputs):
+        return {"rows": list(inputs["x"].chunk(2))}
+
+    parts = Contender("parts", lambda rows: (rows[0] * rows[1]).sum(), "", prepare=apart)
+    whole = Contender("whole", lambda x: (x[:2] * x[2:]).sum(), "")
+    case = Case("pairs", "pairs", {"N": 4}, inputs, (parts, whole), eager=(), formula=whole.call)
+    assert all(entry["ok"] for entry in worker.check(case, ["parts", "whole"]).values())
+    made = case.make_inputs()
+    step = case.step("parts", made)
+    first, second = step.backward(step.forward())  # a gradient each: nothing is put together again
+    assert torch.equal(first, made["x"][2:]) and torch.equal(second, made["x"][:2])
+    assert step.inputs["rows"][0].data_ptr() == made["x"].data_ptr()
+
+
+def test_what_has_no_gradient_is_judged_too():
+    def inputs(generator, N):
+        return {"x": torch.randn(N, generator=generator).requires_grad_()}
+
+    right = Contender("right", lambda x: (x.sum(), x.detach() + 1), "")
+    wrong = Contender("wrong", lambda x: (x.sum(), x.detach() + 1.001), "")
+    wide = replace(wrong, name="wide", limit=1e-2)
+    case = Case("next", "next", {"N": 4}, inputs, (right, wrong, wide), eager=(), formula=right.call)
+    assert {n: e["ok"] for n, e in worker.check(case, ["right", "wrong", "wide"]).items()} == {
+        "right": True, "wrong": False, "wide": True,
+    }  # fmt: skip
+
+
 def test_a_random_result_is_judged_by_what_must_hold():
     def holds(result, N):
         return None if result.numel() == N else f"{result.numel()} ids"
@@ -215,6 +279,28 @@ def test_gemm_floor_does_the_products():
     torch.testing.assert_close(step.logits, q @ k.T)
     torch.testing.assert_close(step.dq, q @ k.T @ k)
     torch.testing.assert_close(step.dk, k @ q.T @ q)
+
+
+def test_gram_floor_does_the_products():
+    case = find("barlow_twins-256-8192").tiny()
+    inputs = case.make_inputs()
+    step = case.step("gemm", inputs)
+    step.backward(step.forward())
+    a, b = inputs["z_a"].detach(), inputs["z_b"].detach()
+    torch.testing.assert_close(step.gradients, [b @ b.T @ a, a @ a.T @ b])
+
+
+def test_a_slow_case_takes_fewer_rounds_where_no_goal_is_judged(monkeypatch):
+    jobs = []
+
+    def fake(job, environment):
+        jobs.append(job)
+        return {name: {"ok": True} for name in job.get("names", ())}
+
+    monkeypatch.setattr(runner, "launch", fake)
+    for slow in (True, False):
+        runner.measure(replace(CASE, slow=slow), runner.Options(memory=False), {})
+    assert [job["rounds"] for job in jobs if job["job"] == "time"] == [15, 5, 15, 15]
 
 
 def test_a_case_is_measured_in_processes_of_its_own():
