@@ -142,6 +142,10 @@ CASES = (
         goals=(within("copy", 1.5),),
     ),
     Case(
+        "gather_patches-cached", "gather_patches", IMAGES, gather_inputs, contenders.GATHER,
+        eager=("lightly",), formula=formulas.gather_patches, floor=Copy(gather_bytes), variant="the same images again",
+    ),
+    Case(
         "gather_patches-channels_last", "gather_patches", IMAGES, channels_last_inputs, contenders.GATHER,
         eager=("lightly",), fresh=True, formula=formulas.gather_patches, floor=Copy(gather_bytes),
         goals=(within("copy", 1.5),),
