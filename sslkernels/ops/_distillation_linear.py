@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
+from sslkernels.ops._distillation_soft import _check_center as check_center
 from sslkernels.ops._emitted import emitted_gradients, save_emitted
 from sslkernels.ops._registry import define, differentiable
 from sslkernels.reference import _distillation_linear as reference
@@ -72,36 +73,28 @@ def linear_soft_cross_entropy(
     check.choice("reduction", reduction, ("mean", "sum"))
     check.positive("student_temp", student_temp)
     check.positive("teacher_temp", teacher_temp)
-    rows = isinstance(student, Tensor) and student.ndim == 2
     s, t = _views("student", student), _views("teacher", teacher)
-    if rows != (isinstance(teacher, Tensor) and teacher.ndim == 2):
-        raise ValueError(
-            f"student and teacher must both be (N, D) or both have views, got {tuple(s.shape)} and {tuple(t.shape)}"
-        )
-    for name, x in (("weight", weight), ("teacher_weight", teacher_weight)):
-        if x is not None:
-            check.floating(name, x)
-            check.same_device(name, x, "student", s)
-    check.same_device("teacher", t, "student", s)
-    if s.shape[1] != t.shape[1]:
-        raise ValueError(f"teacher must have as many samples as student ({s.shape[1]}), got {t.shape[1]}")
-    _check_layer("weight", weight, "student", s)
-    other = weight if teacher_weight is None else teacher_weight
-    _check_layer("weight" if teacher_weight is None else "teacher_weight", other, "teacher", t)
-    if other.shape[0] != weight.shape[0]:
-        raise ValueError(f"teacher_weight must have as many rows as weight ({weight.shape[0]}), got {other.shape[0]}")
-    exclude = exclude_same_view and not rows
+    rows_only = isinstance(student, Tensor) and student.ndim == 2
+    if rows_only != (isinstance(teacher, Tensor) and teacher.ndim == 2):
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} tensors" for x in (student, teacher)]
+        raise ValueError(f"student and teacher must both be (N, D) or both have views, got {shapes[0]} and {shapes[1]}")
+    _check_layers(s, weight, t, teacher_weight)
+    exclude = exclude_same_view and not rows_only
     if exclude and len(s) == len(t) == 1:
         raise ValueError("student and teacher must leave a pair of different views, got one view of each")
-    center = _center(center, t, weight)
+    if center is not None:
+        check_center(center, weight.T, len(t))
+        center = center.detach().reshape(-1, weight.shape[0])
     if row_weight is not None:
         check.vector("row_weight", row_weight, s.shape[1], s, check.FLOATS)
+        row_weight = row_weight.detach()
     s, weight, t = cast_features(s, weight, t.detach())
-    detached = None if teacher_weight is None else cast_features(teacher_weight.detach())[0]
+    if teacher_weight is not None:
+        (teacher_weight,) = cast_features(teacher_weight.detach())
     wanted = [x.requires_grad and torch.is_grad_enabled() for x in (s, weight)]
-    weights = None if row_weight is None else row_weight.detach()
-    flags = (exclude, reduction == "mean", return_center, wanted)
-    loss, mean, *_ = _loss(s, weight, t, detached, center, weights, float(student_temp), float(teacher_temp), *flags)
+    layers = (s, weight, t, teacher_weight, center, row_weight)
+    options = (float(student_temp), float(teacher_temp), exclude, reduction == "mean", return_center, wanted)
+    loss, mean, *_ = _loss(*layers, *options)
     return (loss, mean) if return_center else loss
 
 
@@ -110,37 +103,37 @@ def _views(name: str, x: Any) -> Tensor:
     several = isinstance(x, list | tuple)
     if several and not x:
         raise ValueError(f"{name} must hold at least one view, got none")
-    for i, view in enumerate(x if several else [x]):
+    xs = list(x) if several else [x]
+    for i, view in enumerate(xs):
         label = f"{name}[{i}]" if several else name
         check.floating(label, view)
-        if view.ndim not in (2, 3) or (several and view.shape[-2:] != x[0].shape[-2:]):
-            expected = "(B, D) or (S, B, D)" if i == 0 else f"{tuple(x[0].shape[-2:])} or (S, ...) as {name}[0]"
-            raise ValueError(f"{label} must have shape {expected}, got {tuple(view.shape)}")
-        if several:
-            check.same_device(label, view, f"{name}[0]", x[0])
-    out = reference.views(x)
-    if out.shape[0] == 0:
-        raise ValueError(f"{name} must hold at least one view, got shape {tuple(out.shape)}")
-    return out
+        if view.ndim not in (2, 3) or view.shape[-1] == 0 or view.shape[0 : view.ndim - 2] == (0,):
+            raise ValueError(f"{label} must have shape (B, D) or (S, B, D) with D > 0, got {tuple(view.shape)}")
+        if view.shape[-2:] != xs[0].shape[-2:]:
+            raise ValueError(
+                f"{label} must have the (B, D) of {name}[0] {tuple(xs[0].shape[-2:])}, got {tuple(view.shape)}"
+            )
+        check.same_device(label, view, f"{name}[0]", xs[0])
+    return reference.stack_views(x)
 
 
-def _check_layer(name: str, weight: Tensor, rows_name: str, rows: Tensor) -> None:
-    if weight.ndim != 2 or weight.shape[1] != rows.shape[2] or weight.shape[0] == 0:
-        raise ValueError(f"{name} must have shape (V, {rows.shape[2]}) to fit {rows_name}, got {tuple(weight.shape)}")
-
-
-def _center(center: Any, teacher: Tensor, weight: Tensor) -> Tensor | None:
-    """(V,) or (T, V)"""
-    if center is None:
-        return None
-    check.floating("center", center)
-    check.same_device("center", center, "student", weight)
-    views, width = len(teacher), weight.shape[0]
-    if center.shape == (views, width) and views > 1:
-        return center.detach()
-    if center.numel() != width or center.shape[-1:] != (width,):
-        raise ValueError(f"center must have shape ({width},), (1, {width}) or ({views}, {width}), got {center.shape}")
-    return center.detach().reshape(width)
+def _check_layers(s: Tensor, weight: Any, t: Tensor, teacher_weight: Any) -> None:
+    check.same_device("teacher", t, "student", s)
+    if s.shape[1] != t.shape[1]:
+        raise ValueError(f"teacher must have the samples of student, {s.shape[1]}, got {t.shape[1]}")
+    for name, x in (("weight", weight), ("teacher_weight", teacher_weight)):
+        if x is None and name == "teacher_weight":
+            continue
+        check.floating(name, x)
+        check.same_device(name, x, "student", s)
+        width = s.shape[2] if name == "weight" else t.shape[2]
+        if x.ndim != 2 or x.shape[1] != width or x.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (V, {width}) with V > 0, got {tuple(x.shape)}")
+    if teacher_weight is None and t.shape[2] != s.shape[2]:
+        raise ValueError(f"teacher must have as many features as weight ({weight.shape[1]}), got {t.shape[2]}")
+    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
+        expected, got = weight.shape[0], teacher_weight.shape[0]
+        raise ValueError(f"teacher_weight must have as many prototypes as weight ({expected}), got {got}")
 
 
 def _fake(student, weight, teacher, teacher_weight, *rest):  # type: ignore[no-untyped-def]

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.reference import _distillation_soft as soft
 from sslkernels.reference._precision import compute_dtype
 
 
-def views(x: Tensor | Sequence[Tensor]) -> Tensor:
+def stack_views(x: Tensor | Sequence[Tensor]) -> Tensor:
     """(S, B, D) of (N, D), which is one view, of (S, B, D), or of tensors (B, D) and (S_i, B, D)."""
     if isinstance(x, Tensor):
         return x if x.ndim == 3 else x[None]
@@ -41,57 +42,30 @@ def linear_soft_cross_entropy(
 ) -> Any:
     """See `sslkernels.ops.linear_soft_cross_entropy`."""
     exclude = exclude_same_view and not (isinstance(student, Tensor) and student.ndim == 2)
-    s, t = views(student), views(teacher)
-    logits, targets, mean = _logits_and_targets(s, weight, t, teacher_weight, center, student_temp, teacher_temp)
-    scale = _row_scale(s, t, row_weight, exclude, reduction == "mean", logits.dtype)
-    loss = (scale * _rows(logits, _wanted_targets(targets, len(s), exclude))).sum()
-    return (loss, mean) if return_center else loss
+    x, t = _logits(stack_views(student), weight, stack_views(teacher), teacher_weight)  # (S, B, V), (T, B, V)
+    weights = soft.row_weights(row_weight, x[0], x.dtype)
+    constants = soft.targets(list(t), soft.centers(center, x.dtype), teacher_temp, len(x), exclude)
+    loss = torch.stack([soft.row_losses(v, *p, student_temp, weights) for v, p in zip(x, constants)]).sum()
+    if reduction == "mean":
+        loss = loss / (soft.pairs(len(x), len(t), exclude) * weights.sum())
+    return (loss, soft.teacher_mean(list(t), x.dtype)) if return_center else loss
 
 
-def forward(student, weight, teacher, teacher_weight, center, row_weight, *options):
-    student_temp, teacher_temp, exclude, mean_over_rows, return_center, mask = options
-    logits, targets, mean = _logits_and_targets(
-        student, weight, teacher, teacher_weight, center, student_temp, teacher_temp
-    )
-    scale = _row_scale(student, teacher, row_weight, exclude, mean_over_rows, logits.dtype)
-    wanted = _wanted_targets(targets, len(student), exclude)
-    loss = (scale * _rows(logits, wanted)).sum()
-    none = logits.new_empty(0)
-    g = none
-    if any(mask):
-        g = scale[..., None] / student_temp * (wanted.sum(-1, keepdim=True) * logits.softmax(-1) - wanted)
+def forward(student, weight, teacher, teacher_weight, center, row_weight, *rest):
+    student_temp, teacher_temp, exclude, mean_over_rows, return_center, mask = rest
+    x, t = _logits(student, weight, teacher, teacher_weight)
+    options = (center, row_weight, student_temp, teacher_temp, exclude, mean_over_rows)
+    loss, mean, _, g = soft.forward([x], [t], *options, [any(mask), return_center])
+    none = loss.new_empty(0)
     dstudent = g @ weight.to(g.dtype) if mask[0] else none
     dweight = g.flatten(0, 1).T @ student.flatten(0, 1).to(g.dtype) if mask[1] else none
-    return loss, mean if return_center else none, dstudent, dweight
+    return loss, mean, dstudent, dweight
 
 
-def _logits_and_targets(s, weight, t, teacher_weight, center, student_temp, teacher_temp):
-    """Student logits over their temperature (S, B, V); p (T, B, V), constant; mean of the teacher's logits (V,)."""
+def _logits(student, weight, teacher, teacher_weight):
+    """Of student and teacher, the latter constant, in the dtype of the arithmetic."""
     other = weight if teacher_weight is None else teacher_weight
-    dtype = compute_dtype(s, weight, t, other)
-    logits = F.linear(s.to(dtype), weight.to(dtype)) / student_temp
+    dtype = compute_dtype(student, weight, teacher, other)
     with torch.no_grad():
-        teacher_logits = F.linear(t.to(dtype), other.to(dtype))
-        mean = teacher_logits.flatten(0, 1).mean(0)
-        if center is not None:
-            teacher_logits = teacher_logits - (center if center.ndim == 1 else center[:, None]).to(dtype)
-        return logits, torch.softmax(teacher_logits / teacher_temp, -1), mean
-
-
-def _wanted_targets(p: Tensor, students: int, exclude: bool) -> Tensor:
-    """Sum of the teachers that each student view is compared with, (S, B, V)."""
-    if not exclude:
-        return p.sum(0, keepdim=True).expand(students, -1, -1)
-    return torch.stack([sum((q for t, q in enumerate(p) if t != s), torch.zeros_like(p[0])) for s in range(students)])
-
-
-def _rows(logits: Tensor, targets: Tensor) -> Tensor:
-    return -(targets * torch.log_softmax(logits, -1)).sum(-1)  # (S, B)
-
-
-def _row_scale(s, t, row_weight, exclude, mean, dtype) -> Tensor:
-    """What each row of (S, B) counts in the loss; (B,)."""
-    batch = s.shape[1]
-    scale = s.new_ones(batch, dtype=dtype) if row_weight is None else row_weight.detach().to(dtype)
-    pairs = len(s) * len(t) - (min(len(s), len(t)) if exclude else 0)
-    return scale / (pairs * scale.sum()) if mean else scale
+        t = F.linear(teacher.to(dtype), other.to(dtype))
+    return F.linear(student.to(dtype), weight.to(dtype)), t
