@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-supervised methods, one a file, each a thin `nn.Module` over any backbone; `docs/methods.md` is their table."""
 
+from sslkernels.methods.barlow_twins import BarlowTwins
 from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
 from sslkernels.methods.data2vec import Data2Vec
@@ -11,6 +12,8 @@ from sslkernels.methods.siglip import SigLIP
 from sslkernels.methods.simclr import SimCLR
 from sslkernels.methods.simmim import SimMIM
 from sslkernels.methods.simsiam import SimSiam
+from sslkernels.methods.swav import SwAV
+from sslkernels.methods.vicreg import VICReg
 from sslkernels.methods.videomae import VideoMAE
 from sslkernels.methods.vjepa import VJEPA
 
@@ -20,11 +23,14 @@ __all__ = [
     "IJEPA",
     "MAE",
     "VJEPA",
+    "BarlowTwins",
     "Data2Vec",
     "MoCo",
     "SigLIP",
     "SimCLR",
     "SimMIM",
     "SimSiam",
+    "SwAV",
+    "VICReg",
     "VideoMAE",
 ]
