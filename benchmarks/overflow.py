@@ -28,8 +28,7 @@ def shifted_rows(scores: Tensor, iterations: int, epsilon: float) -> Tensor:
 
 
 FORMS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
-    "DINOv2": contenders.dinov2_sinkhorn,
-    "SwAV": contenders.swav_sinkhorn,
+    "DINOv2, SwAV": contenders.dinov2_sinkhorn,
     "lightly": contenders.lightly_sinkhorn,
     "DINOv2, the maximum of each row subtracted": shifted_rows,
     "one exponential, the largest score subtracted (lean-exp)": contenders.lean_sinkhorn_exp,

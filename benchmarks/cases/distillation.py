@@ -126,7 +126,7 @@ CASES = (
     ),
     Case(
         "sinkhorn_knopp", "sinkhorn_knopp", {"B": 256, "K": 65536}, sinkhorn_inputs, contenders.SINKHORN,
-        eager=("dinov2", "swav", "lightly"), formula=formulas.sinkhorn_codes, floor=Copy(sinkhorn_bytes),
+        eager=("dinov2", "lightly"), formula=formulas.sinkhorn_codes, floor=Copy(sinkhorn_bytes),
         goals=(faster("dinov2", 4), faster("lean", 2)), variant="3 iterations",
     ),
     Case(

@@ -240,6 +240,7 @@ def ours_patches(
 
 
 def dinov2_sinkhorn(scores: Tensor, iterations: int, epsilon: float) -> Tensor:
+    """SwAV's is the same sequence."""
     q = torch.exp(scores.float() / epsilon).t()  # (K, B), a transposed view
     k, b = q.shape
     q /= torch.sum(q)
@@ -250,18 +251,6 @@ def dinov2_sinkhorn(scores: Tensor, iterations: int, epsilon: float) -> Tensor:
         q /= b
     q *= b
     return q.t()
-
-
-def swav_sinkhorn(scores: Tensor, iterations: int, epsilon: float) -> Tensor:
-    q = torch.exp(scores / epsilon).t()
-    q /= torch.sum(q)
-    r, c = torch.ones(q.shape[0]) / q.shape[0], torch.ones(q.shape[1]) / q.shape[1]
-    sums = torch.sum(q, dim=1)
-    for _ in range(iterations):
-        q *= (r / sums).unsqueeze(1)
-        q *= (c / torch.sum(q, dim=0)).unsqueeze(0)
-        sums = torch.sum(q, dim=1)
-    return (q / torch.sum(q, dim=0, keepdim=True)).t().float()
 
 
 def lightly_sinkhorn(scores: Tensor, iterations: int, epsilon: float) -> Tensor:
@@ -313,12 +302,12 @@ def original_swav(scores: Tensor, crops: int, tau: float, iterations: int, epsil
     loss = 0
     for i in range(2):
         with torch.no_grad():
-            codes = swav_sinkhorn(scores[n * i : n * (i + 1)], iterations, epsilon)[-n:]
+            codes = dinov2_sinkhorn(scores[n * i : n * (i + 1)], iterations, epsilon)[-n:]
         subloss = 0
         for v in range(crops):
             if v != i:
-                p = F.softmax(scores[n * v : n * (v + 1)] / tau, dim=1)
-                subloss -= torch.mean(torch.sum(codes * torch.log(p), dim=1))
+                x = scores[n * v : n * (v + 1)] / tau
+                subloss -= torch.mean(torch.sum(codes * F.log_softmax(x, dim=1), dim=1))
         loss += subloss / (crops - 1)
     return loss / 2
 
@@ -381,8 +370,11 @@ PATCHES = (
 )
 SINKHORN = (
     Contender("sslkernels", ours_sinkhorn, OURS),
-    Contender("dinov2", dinov2_sinkhorn, "facebookresearch/dinov2, loss/dino_clstoken_loss.py, sinkhorn_knopp_teacher"),
-    Contender("swav", swav_sinkhorn, "facebookresearch/swav, main_swav.py, distributed_sinkhorn"),
+    Contender(
+        "dinov2",
+        dinov2_sinkhorn,
+        "facebookresearch/dinov2, loss/dino_clstoken_loss.py, and facebookresearch/swav, main_swav.py",
+    ),
     Contender("lightly", lightly_sinkhorn, "lightly, loss/swav_loss.py, sinkhorn"),
     Contender("lean", lean_sinkhorn, f"{LEAN}, by log-sum-exps"),
     Contender("lean-exp", lean_sinkhorn_exp, f"{LEAN}, by one exponential and products with vectors"),

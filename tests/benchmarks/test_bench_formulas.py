@@ -101,9 +101,9 @@ def test_an_average_that_is_not_rounded_at_random_is_seen(update):
 def test_where_the_originals_overflow_ours_is_exact():
     found = overflow.errors()
     at = {largest: {name: row[i] for name, row in found.items()} for i, largest in enumerate(overflow.LARGEST)}
-    assert all(at[3.5][name] < 1e-5 for name in ("DINOv2", "SwAV", "lightly"))
-    assert all(at[3.6][name] != at[3.6][name] for name in ("DINOv2", "SwAV", "lightly"))  # NaN
+    assert all(at[3.5][name] < 1e-5 for name in ("DINOv2, SwAV", "lightly"))
+    assert all(at[3.6][name] != at[3.6][name] for name in ("DINOv2, SwAV", "lightly"))  # NaN
     assert at[1.0]["DINOv2, the maximum of each row subtracted"] > 0.1  # finite, and other codes
     for largest in overflow.LARGEST:
         assert at[largest]["sinkhorn_knopp"] <= max(1e-5, 4 * 2.0**-23 * largest / overflow.TEMPERATURE)
-    assert overflow.table(found).count("NaN") >= 9
+    assert overflow.table(found).count("NaN") >= 6
