@@ -3,6 +3,10 @@
 
 #include "cpu/patches.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #define SSLKERNELS_LEAVES "cpu/distillation.inl"
 #include "cpu/multiversion.inl"
 
@@ -41,11 +45,34 @@ void write_past_caches(const void* src, char* dst, i64 bytes) {
   std::memcpy(dst + head + whole, from + head + whole, bytes - head - whole);
 }
 
+// n elements into the row, from `first` on; `scratch` may be where they are converted
+template <typename T>
+void write(const T* values, const Row& row, i64 first, i64 n, bool past_caches, T* scratch) {
+  char* to = element(row, first);
+  if (past_caches && row.stride == 1) {
+    if (!is_dense<T>(row))
+      tiles<T>().store(values, scratch, row.dtype, 0, 1, n);
+    return write_past_caches(is_dense<T>(row) ? values : scratch, to, n * bytes_of(row.dtype));
+  }
+  // a row of n elements, or n rows of one
+  if (row.stride == 1)
+    tiles<T>().store(values, to, row.dtype, 0, 1, n);
+  else
+    tiles<T>().store(values, to, row.dtype, row.stride, n, 1);
+}
+
 // f(chunk, its first element, its length)
 template <typename F>
 void over_chunks(i64 width, const F& f) {
   for (i64 c = 0, first = 0; first < width; ++c, first += kChunk) f(c, first, std::min(kChunk, width - first));
 }
+
+template <typename T>
+i64 count(const T* x, i64 n, T value) {
+  return SSLKERNELS_AT_LEVEL(count_equal(x, n, value));
+}
+
+constexpr double kLog2E = 1.4426950408889634;
 
 i64 chunks_in(i64 width) { return (width + kChunk - 1) / kChunk; }
 
@@ -89,7 +116,7 @@ double Online::share(i64 c) const {
 
 template <typename T>
 void soften(const Row& row, i64 width, const T* center, Online& online, T* sum, T* out, double* sums, T* scratch) {
-  const T factor = static_cast<T>(online.inverse());
+  const T factor = static_cast<T>(online.inverse() * kLog2E);
   online.start();
   over_chunks(width, [&](i64 c, i64 first, i64 n) {
     const T* x = fetch(row, first, n, scratch);
@@ -104,8 +131,10 @@ void soften(const Row& row, i64 width, const T* center, Online& online, T* sum, 
       top = SSLKERNELS_AT_LEVEL(largest(x, n));
     }
     const T ref = static_cast<T>(online.reference(c, top));
-    const i64 ties = top == ref ? SSLKERNELS_AT_LEVEL(count_equal(x, n, ref)) : 0;
-    online.add(SSLKERNELS_AT_LEVEL(exponentials(x, n, ref, factor, e)), ties);
+    if (top == ref)
+      online.add(SSLKERNELS_AT_LEVEL(exponentials<true>(x, n, ref, factor, e)), count(x, n, ref));
+    else
+      online.add(SSLKERNELS_AT_LEVEL(exponentials<false>(x, n, ref, factor, e)), 0);
   });
   over_chunks(width, [&](i64 c, i64 first, i64 n) {
     const T share = static_cast<T>(online.share(c) / (1 + online.excess()));
@@ -194,14 +223,16 @@ double Sample<T>::learn(i64 s, const Row& row, double weight, const Row* gradien
     return 0;
   }
   Online& online = student_;
-  const T factor = static_cast<T>(online.inverse());
+  const T factor = static_cast<T>(online.inverse() * kLog2E);
   online.start();
   over_chunks(width_, [&](i64 c, i64 first, i64 n) {
     const T* x = fetch<T>(row, first, n, scratch_);
     const T top = SSLKERNELS_AT_LEVEL(largest(x, n)), ref = static_cast<T>(online.reference(c, top));
-    const i64 ties = top == ref ? SSLKERNELS_AT_LEVEL(count_equal(x, n, ref)) : 0;
     T dot, *e = e_ + (gradient ? first : 0);
-    online.add(SSLKERNELS_AT_LEVEL(compare(x, wanted.p + first, n, ref, factor, e, &dot)), ties);
+    if (top == ref)
+      online.add(SSLKERNELS_AT_LEVEL(compare<true>(x, wanted.p + first, n, ref, factor, e, &dot)), count(x, n, ref));
+    else
+      online.add(SSLKERNELS_AT_LEVEL(compare<false>(x, wanted.p + first, n, ref, factor, e, &dot)), 0);
     dots_[c] = dot;
   });
   double value = 0;
@@ -219,23 +250,12 @@ double Sample<T>::learn(i64 s, const Row& row, double weight, const Row* gradien
     T* out = dense ? reinterpret_cast<T*>(element(*gradient, first)) : scratch_ + kChunk;
     SSLKERNELS_AT_LEVEL(slopes<T>(e_ + first, wanted.p + first, n, a, b, out));
     if (alone && c == online.peak()) {
-      const i64 at = std::find(e_ + first, e_ + first + n, T(1)) - (e_ + first);
+      const i64 at = SSLKERNELS_AT_LEVEL(find<T>(e_ + first, n, 1));
       if (at < n)
         out[at] = static_cast<T>(steep * own_slope(wanted, first + at));
     }
-    if (dense)
-      return;
-    if (past_caches && is_dense<T>(*gradient))
-      return write_past_caches(out, element(*gradient, first), n * static_cast<i64>(sizeof(T)));
-    if (past_caches && gradient->stride == 1) {
-      tiles<T>().store(out, static_cast<T*>(scratch_), gradient->dtype, 0, 1, n);
-      return write_past_caches(scratch_, element(*gradient, first), n * bytes_of(gradient->dtype));
-    }
-    // one row of n elements, or n rows of one
-    if (gradient->stride == 1)
-      tiles<T>().store(out, element(*gradient, first), gradient->dtype, 0, 1, n);
-    else
-      tiles<T>().store(out, element(*gradient, first), gradient->dtype, gradient->stride, n, 1);
+    if (!dense)
+      write<T>(out, *gradient, first, n, past_caches, scratch_);
   });
   return value;
 }
@@ -260,6 +280,14 @@ void ColumnSums<T>::flush() {
   SSLKERNELS_AT_LEVEL(move_to<T>(total_, block_, width_));
   rows_ = 0;
 }
+
+#ifdef __x86_64__
+NoDenormals::NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000); }
+NoDenormals::~NoDenormals() { _mm_setcsr(before_); }
+#else
+NoDenormals::NoDenormals() {}
+NoDenormals::~NoDenormals() {}
+#endif
 
 void clear(const Row& row, i64 width) {
   const i64 bytes = bytes_of(row.dtype);
