@@ -12,6 +12,7 @@ import correlation_formulas as formula
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sslkernels import losses
 
@@ -52,6 +53,7 @@ class TestMigration:
         torch.testing.assert_close(losses.VICRegLoss()(a, b), formula.vicreg(a, b))
         value = losses.VICRegLoss(1.0, 2.0, 3.0, False, 0.1)(a, b)
         torch.testing.assert_close(value, formula.vicreg(a, b, 1.0, 2.0, 3.0, 0.1))
+        torch.testing.assert_close(losses.VICRegLoss(variant="paper")(a, b), formula.vicreg(a, b, halves=1))
 
     @pytest.mark.parametrize("through_batch", [False, True])
     def test_tico(self, through_batch: bool) -> None:
@@ -102,6 +104,16 @@ def test_compiled_for_any_batch_under_autocast(name: str) -> None:
         args = views(n)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(compiled(*args), module(*args))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_shapes_on_fakes(name: str) -> None:
+    with FakeTensorMode():
+        module, args = MODULES[name]()
+        for _ in range(2):
+            value, *gradients = run(module, args)
+        assert value.shape == ()
+        assert all(gradient.shape == (N, D) for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", MODULES)
