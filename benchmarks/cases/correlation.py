@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import COTANGENT, Case, Goal, Inputs, faster, memory
+from benchmarks.case import COTANGENT, Case, Contender, Goal, Inputs, faster, memory
 from benchmarks.cases.contrastive import two_views
 from benchmarks.contenders import correlation as contenders
 from benchmarks.floors import Gemms, Grams
@@ -43,38 +43,37 @@ def columns(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs["z_a"].detach().t(), inputs["z_b"].detach().t()
 
 
-def barlow(N: int, D: int, *goals: Goal) -> Case:
+def barlow(N: int, D: int, forms: tuple[Contender, ...], *goals: Goal) -> Case:
     """While N <= D / 2 the products are those of the batch, beyond those of the features."""
-    batch = N <= D // 2
+    have = {contender.name for contender in forms}
     return Case(
-        f"barlow_twins-{N}-{D}", "barlow_twins_loss", {"N": N, "D": D}, barlow_inputs,
-        contenders.BARLOW if batch else contenders.BARLOW_FEATURES,
-        eager=("barlowtwins", "lightly") if batch else ("barlowtwins", "lightly", "solo-learn"),
-        formula=formulas.barlow_twins, floor=Grams(views) if batch else Gemms(columns, 3), images_per_row=2,
+        f"barlow_twins-{N}-{D}", "barlow_twins_loss", {"N": N, "D": D}, barlow_inputs, forms,
+        eager=tuple(name for name in ("barlowtwins", "lightly", "solo-learn") if name in have),
+        formula=formulas.barlow_twins, floor=Grams(views) if N <= D // 2 else Gemms(columns, 3), images_per_row=2,
         goals=goals, slow=D >= 4096,
     )  # fmt: skip
 
 
-def vicreg(N: int, D: int, *goals: Goal) -> Case:
+def vicreg(N: int, D: int, forms: tuple[Contender, ...], *goals: Goal) -> Case:
     return Case(
-        f"vicreg-{N}-{D}", "vicreg_loss", {"N": N, "D": D}, view_inputs, contenders.VICREG,
+        f"vicreg-{N}-{D}", "vicreg_loss", {"N": N, "D": D}, view_inputs, forms,
         eager=("vicreg", "lightly"), formula=formulas.vicreg, floor=Grams(views), images_per_row=2, goals=goals,
         slow=True,
     )  # fmt: skip
 
 
-def theirs(at_least: float, lean: float, share: float, name: str = "barlowtwins") -> tuple[Goal, ...]:
-    return faster(name, at_least), faster("lean", lean), memory(name, share)
+def theirs(at_least: float, lean: float, share: float) -> tuple[Goal, ...]:
+    return faster("barlowtwins", at_least), faster("lean", lean), memory("barlowtwins", share)
 
 
 CASES = (
-    barlow(256, 512),
-    barlow(256, 8192, *theirs(18, 1.6, 0.05)),
-    barlow(1024, 8192, *theirs(5, 1.1, 0.10)),
-    barlow(2048, 4096, *theirs(1.9, 1.0, 0.25)),
-    barlow(2048, 2048, faster("eager", 0.95), memory("eager", 0.50)),
-    vicreg(256, 8192, faster("vicreg", 20), faster("lightly", 30), faster("lean", 1.1)),
-    vicreg(1024, 4096, faster("vicreg", 6), faster("lightly", 10), faster("lean", 1.1)),
+    barlow(256, 512, contenders.BARLOW),
+    barlow(256, 8192, contenders.BARLOW_COMPILED, *theirs(18, 1.6, 0.05)),
+    barlow(1024, 8192, contenders.BARLOW_WIDE, *theirs(5, 1.1, 0.10)),
+    barlow(2048, 4096, contenders.BARLOW, *theirs(1.9, 1.0, 0.25)),
+    barlow(2048, 2048, contenders.BARLOW_FEATURES, faster("eager", 0.95), memory("eager", 0.50)),
+    vicreg(256, 8192, contenders.VICREG, faster("vicreg", 20), faster("lightly", 30), faster("lean", 1.1)),
+    vicreg(1024, 4096, contenders.VICREG_COMPILED, faster("vicreg", 6), faster("lightly", 10), faster("lean", 1.1)),
     Case(
         "tico-2048-256", "tico_loss", {"N": 2048, "D": 256}, tico_inputs, contenders.TICO,
         eager=("lightly",), formula=formulas.tico, images_per_row=2,
