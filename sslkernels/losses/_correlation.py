@@ -130,7 +130,7 @@ def tico_loss(
 
     Args:
         z_a, z_b: (N, D), N > 1: one row a sample, the two views; z_b is usually a momentum encoder's, without gradient.
-        covariance: C of the call before, (D, D), a constant, moved to where z_a is; None: zero.
+        covariance: C of the call before, (D, D), symmetric, a constant, moved to where z_a is; None: zero.
         beta: how much of it stays.
         rho: weight of the covariance.
         through_batch: see above.
@@ -156,14 +156,18 @@ def tico_loss(
         if covariance.shape != (d, d):
             raise ValueError(f"covariance must have shape ({d}, {d}), got {tuple(covariance.shape)}")
     u, v = common.normalize(common.wide(z_a)), common.normalize(common.wide(z_b))
-    with full_precision(u):
-        batch = u.T @ u / len(u)
-    c = (1 - beta) * (batch if through_batch else batch.detach())
-    if covariance is not None:
-        c = c + beta * covariance.detach().to(c)
-    # the mean of u_i^T C u_i is <B, C>: no product of rows with C
-    loss = 1 - common.row_dot(u, v).mean() + rho * (batch * c).sum()
-    return loss, c.detach()
+    share = (1 - beta) / len(u)
+    with torch.no_grad(), full_precision(u):
+        c = share * (u.T @ u) if covariance is None else torch.addmm(covariance.to(u), u.T, u, beta=beta, alpha=share)
+        pull = u @ c
+        energy = (u * pull).sum() / len(u)
+        if through_batch:
+            pull += share * torch.linalg.multi_dot([u, u.T, u])
+    # The gradient is twice `pull`, which is at hand: autograd would multiply by C once more. It could be differentiated
+    # again, wrongly, if the op that normalizes did not refuse.
+    slope = 2 * (u * pull).sum() / len(u)
+    loss = 1 - common.row_dot(u, v).mean() + rho * (energy + (slope - slope.detach()))
+    return loss, c
 
 
 def frossl_loss(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Tensor:

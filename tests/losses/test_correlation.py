@@ -295,3 +295,11 @@ def test_strided_views(name: str) -> None:
         dense = (x.detach().contiguous().requires_grad_() for x in (a, b))
         for x, y in zip(run(loss, a, b), run(loss, *dense), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_double_backward_is_refused(name: str) -> None:
+    a, b = pair(12, 20)
+    (gradient,) = torch.autograd.grad(LOSSES[name][0](a, b), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
