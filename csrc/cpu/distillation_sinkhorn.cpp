@@ -9,8 +9,10 @@
 #include "cpu/operand.h"
 
 namespace sslkernels {
-constexpr i64 kRowsAtOnce = 8;  // rows that a column's sum takes in one visit
-}
+// Rows that are visited side by side: memory delivers several of them sooner than one. The first sweep keeps nothing of
+// a row, the others its weights, which must stay in the cache.
+constexpr i64 kRowsAtOnce = 8, kRowsShared = 4;
+}  // namespace sslkernels
 
 #define SSLKERNELS_LEAVES "cpu/distillation_sinkhorn.inl"
 #include "cpu/multiversion.inl"
@@ -19,8 +21,8 @@ namespace sslkernels {
 
 namespace {
 
-constexpr i64 kPiece = 2048;    // columns that are summed in T before they join a sum in double
-constexpr i64 kRowsAFold = 64;  // rows likewise
+constexpr i64 kPiece = 1024;       // columns that are summed in T before they join a sum in double
+constexpr i64 kRowsTogether = 64;  // rows that are summed before their sum joins that of the others
 constexpr double kFlopsAnExp = 64;
 
 // The scores (B, K) of one view, of any dtype and strides.
@@ -61,52 +63,51 @@ class Sinkhorn {
  public:
   Sinkhorn(const Tensor& x, i64 view, double epsilon)
       : x_(x, view),
-        epsilon_(epsilon),
-        scale_(static_cast<T>(1 / epsilon)),
-        log_ratio_(std::log(static_cast<double>(x_.cols) / x_.rows)),
+        epsilon_(static_cast<T>(epsilon)),
+        rate_(static_cast<T>(1.4426950408889634 / epsilon)),
+        ratio_(static_cast<T>(static_cast<double>(x_.cols) / x_.rows)),
         threads_(useful_threads(kFlopsAnExp * x_.rows * x_.cols)) {}
 
   void center(i64 iterations, T* c) const {
     first(c);
     if (iterations == 1)
       return;
-    const i64 threads = std::min(threads_, (x_.rows + 15) / 16);
-    Buffer<double> totals(threads * x_.cols);
+    const i64 k = x_.cols, threads = std::min(threads_, x_.rows);
+    Buffer<T> shares(threads * k);
     for (i64 i = 1; i < iterations; ++i) {
-      run(threads, [&](i64 t) { shares(part(0, x_.rows, t, threads), c, totals + t * x_.cols); });
+      run(threads, [&](i64 t) { share(rows_of(t, threads), c, shares + t * k); });
       run(threads_, [&](i64 t) {
-        const Range mine = part(0, x_.cols, t, threads_);
-        for (i64 k = mine.begin; k < mine.end; ++k) {
-          double total = 0;
-          for (i64 other = 0; other < threads; ++other) total += totals[other * x_.cols + k];
-          move(total, c + k);
-        }
+        const Range mine = part(0, k, t, threads_);
+        for (i64 other = 1; other < threads; ++other)
+          tiles<T>().axpy(shares + mine.begin, T(1), shares + other * k + mine.begin, mine.size());
+        SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), shares + mine.begin, ratio_, epsilon_, c + mine.begin));
       });
     }
   }
 
+  // A row is written while the next one is computed, so that neither waits for the other.
   void codes(const T* c, T* out) const {
+    const i64 k = x_.cols;
     run(threads_, [&](i64 t) {
-      Buffer<T> scratch(kPiece);
-      const Range mine = part(0, x_.rows, t, threads_);
+      Buffer<T> weights(k), scratch(kPiece);
+      const Range mine = rows_of(t, threads_);
+      T inverse = 0;
       for (i64 b = mine.begin; b < mine.end; ++b) {
-        T* row = out + b * x_.cols;
-        double sum = pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
-          return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + k, n, scale_, T(0), row + k));
+        T* before = b > mine.begin ? out + (b - 1) * k : nullptr;
+        const double sum = pieces(b, scratch, [&](const T* x, i64 at, i64 n) {
+          if (!before)
+            return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + at, n, rate_, T(0), weights + at));
+          return SSLKERNELS_AT_LEVEL(write_and_weigh<T>(x, c + at, n, rate_, weights + at, inverse, before + at));
         });
-        if (!usual(sum))
-          sum = again(b, c, scratch, row);
-        const T inverse = static_cast<T>(1 / sum);
-        tiles<T>().scale_rows(row, 0, row, 0, &inverse, 1, x_.cols);
+        inverse = inverse_of(sum, b, c, scratch, weights);
       }
+      if (mine.size())
+        tiles<T>().scale_rows(out + (mine.end - 1) * k, 0, weights, 0, &inverse, 1, k);
     });
   }
 
  private:
-  // c_k += epsilon log(K / B total)
-  void move(double total, T* c) const {
-    *c = static_cast<T>(*c + epsilon_ * (log_ratio_ + std::log(static_cast<T>(total))));
-  }
+  Range rows_of(i64 t, i64 threads) const { return {x_.rows * t / threads, x_.rows * (t + 1) / threads}; }
 
   // c_k = epsilon log(K / B sum_b exp(x_bk / epsilon))
   void first(T* c) const {
@@ -121,50 +122,58 @@ class Sinkhorn {
           const i64 n = std::min(kPiece, mine.end - k);
           i64 ld;
           const T* x = x_.fetch(b, count, k, n, scratch, &ld);
-          SSLKERNELS_AT_LEVEL(column_sums<T>(x, ld, count, n, scale_, c + k, sums + (k - mine.begin)));
+          SSLKERNELS_AT_LEVEL(column_sums<T>(x, ld, count, n, rate_, c + k, sums + (k - mine.begin)));
         }
       }
-      for (i64 k = mine.begin; k < mine.end; ++k) move(sums[k - mine.begin], c + k);
+      SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), sums, ratio_, epsilon_, c + mine.begin));
     });
   }
 
-  // total_k = sum over the rows b of e_bk / Z_b. What a row adds is known at its end, and joins on the next one's
-  // visit.
-  void shares(Range rows, const T* c, double* total) const {
+  // total_k = sum over `rows` of e_bk / Z_b, a few rows at a time. What they add is known at their end, and joins on
+  // the visit of the next ones.
+  void share(Range rows, const T* c, T* total) const {
     const i64 k = x_.cols;
-    Buffer<T> weights(k), share(k), scratch(kPiece);
-    std::fill_n(static_cast<T*>(weights), k, T(0));
-    std::fill_n(static_cast<T*>(share), k, T(0));
-    std::fill_n(total, k, 0.0);
-    T inverse = 0;
-    for (i64 b = rows.begin; b < rows.end; ++b) {
-      double sum = pieces(b, scratch, [&](const T* x, i64 at, i64 n) {
-        return SSLKERNELS_AT_LEVEL(share_and_weigh<T>(x, c + at, n, scale_, weights + at, inverse, share + at));
-      });
-      if (!usual(sum))
-        sum = again(b, c, scratch, weights);
-      inverse = static_cast<T>(1 / sum);
-      if ((b - rows.begin) % kRowsAFold == kRowsAFold - 1)
-        SSLKERNELS_AT_LEVEL(fold<T>(k, share, total));
+    Buffer<T> weights(kRowsShared * k), recent(k), scratch(kRowsShared * kPiece);
+    std::fill_n(static_cast<T*>(weights), kRowsShared * k, T(0));
+    std::fill_n(static_cast<T*>(recent), k, T(0));
+    std::fill_n(total, k, T(0));
+    T inverse[kRowsShared] = {};
+    i64 pending = 0;
+    for (i64 b = rows.begin; b < rows.end; b += kRowsShared) {
+      const i64 count = std::min(kRowsShared, rows.end - b);
+      for (i64 i = count; i < pending; ++i) tiles<T>().axpy(recent, inverse[i], weights + i * k, k);
+      double sum[kRowsShared] = {};
+      for (i64 at = 0; at < k; at += kPiece) {
+        const i64 n = std::min(kPiece, k - at);
+        i64 ld;
+        T sums[kRowsShared];
+        const T* x = x_.fetch(b, count, at, n, scratch, &ld);
+        SSLKERNELS_AT_LEVEL(
+            share_and_weigh<T>(x, ld, count, c + at, n, rate_, weights + at, k, inverse, recent + at, sums));
+        for (i64 i = 0; i < count; ++i) sum[i] += sums[i];
+      }
+      for (i64 i = 0; i < count; ++i) inverse[i] = inverse_of(sum[i], b + i, c, scratch, weights + i * k);
+      pending = count;
+      if ((b - rows.begin) % kRowsTogether == kRowsTogether - kRowsShared)
+        SSLKERNELS_AT_LEVEL(move_sums<T>(k, recent, total));
     }
-    tiles<T>().axpy(share, inverse, weights, k);
-    SSLKERNELS_AT_LEVEL(fold<T>(k, share, total));
+    for (i64 i = 0; i < pending; ++i) tiles<T>().axpy(recent, inverse[i], weights + i * k, k);
+    SSLKERNELS_AT_LEVEL(move_sums<T>(k, recent, total));
   }
 
-  // The weights of a row relative to the largest of them, and their sum.
-  double again(i64 b, const T* c, T* scratch, T* weights) const {
+  // 1 / sum of the weights of row b, made again relative to the largest of them where exp has left its range
+  T inverse_of(double sum, i64 b, const T* c, T* scratch, T* weights) const {
+    if (sum > 1e-12 && sum < 1e7)
+      return static_cast<T>(1 / sum);
     T highest = kNone<T>;
     pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
       highest = std::max(highest, SSLKERNELS_AT_LEVEL(largest<T>(x, c + k, n)));
       return T(0);
     });
-    return pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
-      return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + k, n, scale_, highest, weights + k));
-    });
+    return static_cast<T>(1 / pieces(b, scratch, [&](const T* x, i64 k, i64 n) {
+                            return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + k, n, rate_, highest, weights + k));
+                          }));
   }
-
-  // exp is zero below 4e-31, and bounded above
-  static bool usual(double sum) { return sum > 1e-16 && sum < 1e16; }
 
   // sum of f(piece of row b, its first column, its length)
   template <typename F>
@@ -179,9 +188,7 @@ class Sinkhorn {
   }
 
   const Scores<T> x_;
-  double epsilon_;
-  T scale_;
-  double log_ratio_;
+  T epsilon_, rate_, ratio_;
   i64 threads_;
 };
 

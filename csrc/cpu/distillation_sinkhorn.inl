@@ -1,55 +1,133 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loops of Sinkhorn-Knopp over pieces of rows. Included once for each instruction set by multiversion.inl.
 
-// highest_j = the largest of the scores so far, sum_j = sum of exp(scale (score - highest_j))
+// exp(d / epsilon), with rate = log2(e) / epsilon. Beyond 2^-126 and 2^120 it stays there: no denormals, and a sum
+// shows that it needs a shift. Relative error below 3e-7 and that of the argument.
+INLINE float decay(float d, float rate) {
+  float y = d * rate;
+  y = y < -100.0f ? -100.0f : y;
+  y = y > 120.0f ? 120.0f : y;
+  const float t = y + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(y)
+  const float r = y - (t - 12582912.0f);
+  float p = 1.33335581e-3f;
+  p = p * r + 9.61812910e-3f;
+  p = p * r + 5.55041087e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147181e-1f;
+  p = p * r + 1.0f;
+  return p * bits<float>((bits<uint32_t>(t) << 23) + 0x3f800000u);
+}
+
+INLINE double decay(double d, double rate) {
+  const double y = d * (rate * 0.6931471805599453);
+  return exp_(y > 80.0 ? 80.0 : y);
+}
+
+// The same, but 0 where it would stay.
+INLINE float vanishing_decay(float d, float rate) {
+  const float e = decay(d, rate);
+  return d * rate < -100.0f ? 0.0f : e;
+}
+
+INLINE double vanishing_decay(double d, double rate) { return decay(d, rate); }
+
+// log(x) of a positive normal number; NaN stays NaN. Relative error below 2e-7, absolute near x = 1.
+INLINE float log_(float x) {
+  const uint32_t u = bits<uint32_t>(x) - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies between that and sqrt(2)
+  const float exponent = static_cast<float>(static_cast<int32_t>(u) >> 23);
+  const float m = bits<float>((u & 0x007fffffu) + 0x3f3504f3u), v = (m - 1) / (m + 1), w = v * v;
+  const float p = (((w / 9 + 1.0f / 7) * w + 1.0f / 5) * w + 1.0f / 3) * w + 1;
+  return (exponent * 6.93147181e-1f + 2 * v * p) + (x - x);
+}
+
+INLINE double log_(double x) { return std::log(x); }
+
+// highest_j = the largest of the scores so far, sum_j = sum of exp((score - highest_j) / epsilon)
 template <i64 count, typename T>
-INLINE void add_rows(const T* x, i64 ld, i64 cols, T scale, T* highest, T* sum) {
+INLINE void add_rows(const T* x, i64 ld, i64 cols, T rate, T* highest, T* sum) {
 #pragma omp simd
   for (i64 j = 0; j < cols; ++j) {
     T m = highest[j];
     for (i64 i = 0; i < count; ++i) m = x[i * ld + j] > m ? x[i * ld + j] : m;
     const T ref = m == -std::numeric_limits<T>::infinity() ? T(0) : m;  // -inf - -inf is not what comes next
-    T s = sum[j] * exp_((highest[j] - ref) * scale);
-    for (i64 i = 0; i < count; ++i) s += exp_((x[i * ld + j] - ref) * scale);
+    T added = 0;
+    for (i64 i = 0; i < count; ++i) added += vanishing_decay(x[i * ld + j] - ref, rate);
+    sum[j] = sum[j] * decay(highest[j] - ref, rate) + added;
     highest[j] = m;
-    sum[j] = s;
   }
 }
 
 template <typename T>
-LEAF void column_sums(const T* x, i64 ld, i64 rows, i64 cols, T scale, T* highest, T* sum) {
+LEAF void column_sums(const T* x, i64 ld, i64 rows, i64 cols, T rate, T* highest, T* sum) {
   i64 i = 0;
-  for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) add_rows<kRowsAtOnce>(x + i * ld, ld, cols, scale, highest, sum);
-  for (; i < rows; ++i) add_rows<1>(x + i * ld, ld, cols, scale, highest, sum);
+  for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) add_rows<kRowsAtOnce>(x + i * ld, ld, cols, rate, highest, sum);
+  for (; i < rows; ++i) add_rows<1>(x + i * ld, ld, cols, rate, highest, sum);
 }
 
-// exp of what a sum can hold: beyond, a sum shows that it needs a shift
+// e_j = exp((x_j - center_j - shift) / epsilon); its sum
 template <typename T>
-INLINE T bounded_exp(T x) {
-  return exp_(x > T(80) ? T(80) : x);
-}
-
-// e_j = exp(scale (x_j - center_j - shift)); its sum
-template <typename T>
-LEAF T weigh(const T* x, const T* center, i64 n, T scale, T shift, T* e) {
+LEAF T weigh(const T* x, const T* center, i64 n, T rate, T shift, T* e) {
   T s = 0;
 #pragma omp simd reduction(+ : s)
   for (i64 j = 0; j < n; ++j) {
-    e[j] = bounded_exp(((x[j] - center[j]) - shift) * scale);
+    e[j] = vanishing_decay((x[j] - center[j]) - shift, rate);
     s += e[j];
   }
   return s;
 }
 
-// share_j += inverse e_j, the row before; then e_j as above for this row
+// share_j += inverse_i e_ij, of the rows before; then e_ij as above for `count` rows of x, and its sums
+template <i64 count, typename T>
+INLINE void share_and_weigh(const T* x, i64 ld, const T* center, i64 n, T rate, T* e, i64 lde, const T* inverse,
+                            T* share, T* sum) {
+  static_assert(count <= kRowsShared && kRowsShared == 4, "");
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (i64 j = 0; j < n; ++j) {
+    const T c = center[j];
+    T add = share[j], v[kRowsShared] = {0, 0, 0, 0};
+    for (i64 i = 0; i < count; ++i) {
+      add += inverse[i] * e[i * lde + j];
+      v[i] = decay(x[i * ld + j] - c, rate);
+      e[i * lde + j] = v[i];
+    }
+    s0 += v[0];
+    s1 += v[1];
+    s2 += v[2];
+    s3 += v[3];
+    share[j] = add;
+  }
+  sum[0] = s0;
+  sum[1] = s1;
+  sum[2] = s2;
+  sum[3] = s3;
+}
+
 template <typename T>
-LEAF T share_and_weigh(const T* x, const T* center, i64 n, T scale, T* e, T inverse, T* share) {
+LEAF void share_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, T rate, T* e, i64 lde, const T* inverse,
+                          T* share, T* sum) {
+  switch (rows) {
+    case 4:
+      return share_and_weigh<4>(x, ld, center, n, rate, e, lde, inverse, share, sum);
+    case 3:
+      return share_and_weigh<3>(x, ld, center, n, rate, e, lde, inverse, share, sum);
+    case 2:
+      return share_and_weigh<2>(x, ld, center, n, rate, e, lde, inverse, share, sum);
+    default:
+      return share_and_weigh<1>(x, ld, center, n, rate, e, lde, inverse, share, sum);
+  }
+}
+
+// out_j = inverse e_j, the row before; then e_j as above for this row, and its sum
+template <typename T>
+LEAF T write_and_weigh(const T* x, const T* center, i64 n, T rate, T* e, T inverse, T* out) {
   T s = 0;
 #pragma omp simd reduction(+ : s)
   for (i64 j = 0; j < n; ++j) {
-    share[j] += inverse * e[j];
-    e[j] = bounded_exp((x[j] - center[j]) * scale);
-    s += e[j];
+    out[j] = inverse * e[j];
+    const T v = vanishing_decay(x[j] - center[j], rate);
+    e[j] = v;
+    s += v;
   }
   return s;
 }
@@ -65,12 +143,19 @@ LEAF T largest(const T* x, const T* center, i64 n) {
   return m;
 }
 
-// total += share, share = 0
+// into += from, from = 0
 template <typename T>
-LEAF void fold(i64 n, T* share, double* total) {
+LEAF void move_sums(i64 n, T* from, T* into) {
 #pragma omp simd
   for (i64 j = 0; j < n; ++j) {
-    total[j] += share[j];
-    share[j] = 0;
+    into[j] += from[j];
+    from[j] = 0;
   }
+}
+
+// center_j += epsilon log(ratio share_j)
+template <typename T>
+LEAF void recenter(i64 n, const T* share, T ratio, T epsilon, T* center) {
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) center[j] += epsilon * log_(ratio * share[j]);
 }
