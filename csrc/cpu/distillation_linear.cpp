@@ -103,7 +103,7 @@ template <typename T>
 double by_panels(const Prototypes<T>& p, i64 samples_a_panel, const PrototypeGradients<T>& out) {
   const i64 d = p.depth, ld = (p.width + 15) / 16 * 16 + 16;  // rows that do not all begin in one set of a cache
   const i64 chunks = (p.samples() + samples_a_panel - 1) / samples_a_panel;
-  const i64 most = chunks ? (p.samples() + chunks - 1) / chunks : 0, rows = most * p.views;
+  const i64 most = (p.samples() + chunks - 1) / chunks, rows = most * p.views;
   const i64 threads = useful_threads(2.0 * most * (p.views + p.teachers) * p.width * d);
   const bool gradients = out.student || out.weight;
   constexpr Dtype kOwn = std::is_same_v<T, double> ? Dtype::kDouble : Dtype::kFloat;
@@ -181,19 +181,50 @@ double by_panels(const Prototypes<T>& p, i64 samples_a_panel, const PrototypeGra
   return total;
 }
 
+template struct Prototypes<float>;
+template struct Prototypes<double>;
+
 namespace {
 
-// How many samples a panel holds.
+struct Plan {
+  bool tiles;
+  i64 samples;  // at a time
+};
+
+// The rule of the family: which form, and how many samples at a time. What is kept at a time (the logits of a panel, or
+// those of a sweep's teachers) takes about a fifth of all logits, so an eighth of what the unfused form needs; at least
+// `panel_bytes`, at most kLarge or an eighth of the prototypes. Within that panels do the fewest products, and tiles
+// have more rows in each. Costs are counted in rows of a product with the prototypes: to read and to pack those costs
+// what kRead rows more would, to add to their gradient kAdd (both measured with MKL and D = 256).
 template <typename T>
-i64 samples_of_a_panel(const Prototypes<T>& p) {
-  constexpr i64 kBytes = i64(32) << 20;
-  return std::max<i64>(1, kBytes / ((p.views + p.teachers) * p.width * static_cast<i64>(sizeof(T))));
+Plan plan(const Prototypes<T>& p, bool student, bool weight, i64 panel_bytes) {
+  constexpr double kRead = 45, kAdd = 55;
+  constexpr i64 kLarge = i64(64) << 20, kRows = 1024;
+  const i64 row = p.width * static_cast<i64>(sizeof(T)), n = p.samples();
+  const i64 all = n * (p.views + p.teachers) * row;
+  const auto bounded = [&](i64 bytes) {
+    return std::max(panel_bytes, std::min(bytes, std::max(kLarge, row * p.depth / 8)));
+  };
+  const auto fit = [&](i64 bytes, i64 rows) { return std::clamp<i64>(bytes / (rows * row), 1, n); };
+  const auto cost = [&](bool tiles, i64 samples) {
+    const i64 times = (n + samples - 1) / samples;
+    const double s = static_cast<double>((n + times - 1) / times * p.views), t = s / p.views * p.teachers;
+    double rows = s + t + 2 * kRead;
+    if (student)
+      rows += s + kRead + (tiles && !weight ? t : 0);
+    if (weight)
+      rows += s + (tiles ? s + kRead : 0);
+    return times * rows + (weight ? (times - 1) * kAdd : 0);
+  };
+  const i64 panel = fit(bounded(all / 6), p.views + p.teachers);
+  const i64 sweep = std::min(fit(bounded(all / 5), p.teachers), std::max<i64>(1, kRows / (p.views + p.teachers)));
+  return cost(true, sweep) < cost(false, panel) && p.width > 1 ? Plan{true, sweep} : Plan{false, panel};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_cross_entropy(
     const Tensor& student, const Tensor& weight, const Tensor& teacher, const Optional& teacher_weight,
     const Optional& center, const Optional& row_weight, double student_temp, double teacher_temp, bool exclude,
-    bool mean, bool return_center, std::vector<bool> mask) {
+    bool mean, bool return_center, i64 panel_bytes, std::vector<bool> mask) {
   const Tensor& other = teacher_weight ? *teacher_weight : weight;
   const bool wide = is_double(student) || is_double(weight) || is_double(teacher) || is_double(other);
   return with_type(wide, [&](auto zero) {
@@ -204,12 +235,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_cross_entropy(
     Tensor dstudent =
         empty(mask[0] ? std::vector<i64>{student.size(0), p.batch, p.depth} : std::vector<i64>{0}, kScalar<T>);
     Tensor dweight = empty(mask[1] ? std::vector<i64>{p.width, p.depth} : std::vector<i64>{0}, kScalar<T>);
-    if (p.samples() * p.views < student.size(0) * p.batch)
+    const i64 rows = p.samples() * p.views;
+    if (rows < student.size(0) * p.batch)
       std::fill_n(data<T>(dstudent), dstudent.numel(), T(0));
-    if (p.samples() * p.views == 0)
+    double total = 0;
+    if (rows > 0) {
+      const PrototypeGradients<T> out{mask[0] ? data<T>(dstudent) : nullptr, mask[1] ? data<T>(dweight) : nullptr};
+      const Plan chosen = plan(p, mask[0], mask[1], panel_bytes);
+      total = (chosen.tiles ? by_tiles<T> : by_panels<T>)(p, chosen.samples, out);
+    } else {
       std::fill_n(data<T>(dweight), dweight.numel(), T(0));
-    const PrototypeGradients<T> out{mask[0] ? data<T>(dstudent) : nullptr, mask[1] ? data<T>(dweight) : nullptr};
-    *data<T>(loss) = static_cast<T>(by_panels<T>(p, samples_of_a_panel(p), out) * p.norm);
+    }
+    *data<T>(loss) = static_cast<T>(total * p.norm);
     if (return_center)
       mean_logits(p, data<T>(mean_of_logits));
     return std::make_tuple(loss, mean_of_logits, dstudent, dweight);

@@ -21,6 +21,8 @@ __all__ = ["linear_soft_cross_entropy"]
 
 Views = Tensor | Sequence[Tensor]
 
+PANEL_BYTES = 8 << 20  # up to which logits are kept whole; the kernel's rule for more depends on the shapes
+
 
 def linear_soft_cross_entropy(
     student: Views,
@@ -93,7 +95,15 @@ def linear_soft_cross_entropy(
         (teacher_weight,) = cast_features(teacher_weight.detach())
     wanted = [x.requires_grad and torch.is_grad_enabled() for x in (s, weight)]
     layers = (s, weight, t, teacher_weight, center, row_weight)
-    options = (float(student_temp), float(teacher_temp), exclude, reduction == "mean", return_center, wanted)
+    options = (
+        float(student_temp),
+        float(teacher_temp),
+        exclude,
+        reduction == "mean",
+        return_center,
+        PANEL_BYTES,
+        wanted,
+    )
     loss, mean, *_ = _loss(*layers, *options)
     return (loss, mean) if return_center else loss
 
@@ -137,7 +147,7 @@ def _check_layers(s: Tensor, weight: Any, t: Tensor, teacher_weight: Any) -> Non
 
 
 def _fake(student, weight, teacher, teacher_weight, *rest):  # type: ignore[no-untyped-def]
-    *_, return_center, mask = rest
+    *_, return_center, _, mask = rest
     others = [] if teacher_weight is None else [teacher_weight]
     dtype = compute_dtype(student, weight, teacher, *others)
     shapes = (
@@ -151,7 +161,7 @@ def _fake(student, weight, teacher, teacher_weight, *rest):  # type: ignore[no-u
 _loss = define(
     "linear_soft_cross_entropy(Tensor student, Tensor weight, Tensor teacher, Tensor? teacher_weight, Tensor? center,"
     " Tensor? row_weight, float student_temp, float teacher_temp, bool exclude, bool mean, bool return_center,"
-    " bool[2] output_mask) -> (Tensor loss, Tensor center, Tensor dstudent, Tensor dweight)",
+    " int panel_bytes, bool[2] output_mask) -> (Tensor loss, Tensor center, Tensor dstudent, Tensor dweight)",
     reference=reference.forward,
     fake=_fake,
 )
@@ -163,7 +173,7 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _autograd(ctx: Any, grad: Any, *unused: Any) -> Any:
-    return *emitted_gradients(ctx, grad), *(None,) * 10
+    return *emitted_gradients(ctx, grad), *(None,) * 11
 
 
 differentiable(_loss, setup_context=_setup, backward=_autograd)

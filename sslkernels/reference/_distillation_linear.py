@@ -52,7 +52,7 @@ def linear_soft_cross_entropy(
 
 
 def forward(student, weight, teacher, teacher_weight, center, row_weight, *rest):
-    student_temp, teacher_temp, exclude, mean_over_rows, return_center, mask = rest
+    student_temp, teacher_temp, exclude, mean_over_rows, return_center, _, mask = rest
     x, t = _logits(student, weight, teacher, teacher_weight)
     options = (center, row_weight, student_temp, teacher_temp, exclude, mean_over_rows)
     loss, mean, _, g = soft.forward([x], [t], *options, [any(mask), return_center])
