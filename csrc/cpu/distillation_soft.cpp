@@ -172,10 +172,13 @@ std::vector<Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> tea
   return forward_into(student, teacher, center, row_weight, student_temp, teacher_temp, exclude, mean, wanted, false);
 }
 
-std::vector<Tensor> forward_in_place(std::vector<Tensor> student, std::vector<Tensor> teacher, const Optional& center,
-                                     const Optional& row_weight, double student_temp, double teacher_temp, bool exclude,
-                                     bool mean, std::vector<bool> wanted) {
-  return forward_into(student, teacher, center, row_weight, student_temp, teacher_temp, exclude, mean, wanted, true);
+std::tuple<Tensor, Tensor, Tensor> forward_in_place(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                    const Optional& center, const Optional& row_weight,
+                                                    double student_temp, double teacher_temp, bool exclude, bool mean,
+                                                    std::vector<bool> wanted) {
+  const std::vector<Tensor> out =
+      forward_into(student, teacher, center, row_weight, student_temp, teacher_temp, exclude, mean, wanted, true);
+  return {out[0], out[1], out[2]};
 }
 
 std::vector<Tensor> rows_forward(std::vector<Tensor> student, std::vector<Tensor> teacher, const Optional& center,

@@ -37,9 +37,10 @@ total = define(
     fake=lambda student, teacher, *rest: [*_scalars(student, teacher, rest[-1]), *_gradients(student, rest[-1])],
 )
 _total_in_place = define(
-    f"soft_cross_entropy_(Tensor(a!)[] student, {_OPERANDS}, bool mean, bool[] wanted) -> Tensor[]",
+    f"soft_cross_entropy_(Tensor(a!)[] student, {_OPERANDS}, bool mean, bool[] wanted)"
+    " -> (Tensor loss, Tensor mean, Tensor scale)",
     reference=reference.forward_,
-    fake=lambda student, teacher, *rest: _scalars(student, teacher, rest[-1]),
+    fake=lambda student, teacher, *rest: tuple(_scalars(student, teacher, rest[-1])),
 )
 
 

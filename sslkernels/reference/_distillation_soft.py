@@ -54,10 +54,17 @@ def targets(
 
 
 def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x - max, where the maximum is, and how much more than 1 = exp(0) the exponentials of x - max sum to."""
+    """x - max, where the maximum is, and how much more than 1 the exponentials of x - max sum to."""
     largest, at = x.max(-1, keepdim=True)
-    d = x - largest
-    return d, at, d.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    if x.requires_grad:
+        # where one element has most of the mass, its derivative is minus the sum of the others; else that sum is longer
+        sure = (x - largest).detach().exp().sum(-1, keepdim=True) < 2
+        d = x - torch.where(sure, largest, largest.detach())
+        own = torch.where(sure, (largest - largest).detach(), d.gather(-1, at))
+    else:
+        d, own = x - largest, largest - largest
+    d = d.scatter(-1, at, own)
+    return d, at, d.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True) + own.expm1()
 
 
 def row_losses(x: Tensor, p: Tensor, number: int, temperature: float, weights: Tensor) -> Tensor:
@@ -68,17 +75,17 @@ def row_losses(x: Tensor, p: Tensor, number: int, temperature: float, weights: T
     if number == 0:
         return torch.zeros_like(weights)
     skipped = (weights == 0)[:, None]
-    d, _, rest = _shifted(x.masked_fill(skipped, 0.0) / temperature)
-    return weights * ((p.masked_fill(skipped, 0.0) * -d).sum(-1) + number * rest[:, 0].log1p())
+    d, _, excess = _shifted(x.masked_fill(skipped, 0.0) / temperature)
+    return weights * ((p.masked_fill(skipped, 0.0) * -d).sum(-1) + number * excess[:, 0].log1p())
 
 
 def _slopes(x: Tensor, p: Tensor, number: int, temperature: float) -> Tensor:
     """d(row)/dx = (number softmax(x) - p) / temperature."""
     x = x / temperature
-    _, at, rest = _shifted(x)
+    _, at, excess = _shifted(x)
     slopes = number * torch.softmax(x, -1) - p
     # the slopes sum to zero: where one prototype has most of the mass, its own is that of the others
-    own = torch.where(rest < 1, -slopes.scatter(-1, at, 0.0).sum(-1, keepdim=True), slopes.gather(-1, at))
+    own = torch.where(excess < 1, -slopes.scatter(-1, at, 0.0).sum(-1, keepdim=True), slopes.gather(-1, at))
     return slopes.scatter(-1, at, own) / temperature
 
 
@@ -131,12 +138,12 @@ def forward(students, teachers, center, row_weight, student_temp, teacher_temp, 
 
 
 def forward_(students, *options):
-    """`forward`, its gradients written over the students; [loss, mean of the teacher, scale]."""
+    """`forward`, its gradients written over the students: loss, mean of the teacher, scale."""
     loss, mean, scale, *gradients = forward(students, *options)
     for x, g in zip(students, gradients):
         if g.shape == x.shape:
             x.copy_(g)
-    return [loss, mean, scale]
+    return loss, mean, scale
 
 
 def rows_forward(students, teachers, center, row_weight, student_temp, teacher_temp, exclude, need_mean):
