@@ -73,8 +73,7 @@ def soft_cross_entropy(
     Source: DINO (arXiv:2104.14294) `main_dino.py::DINOLoss`, whose loop over pairs this is; iBOT, DINOv2, SwAV.
     """
     check.choice("reduction", reduction, ("mean", "sum", "none"))
-    check.positive("student_temp", student_temp)
-    check.positive("teacher_temp", teacher_temp)
+    temperatures = _temperature("student_temp", student_temp), _temperature("teacher_temp", teacher_temp)
     rows_only = isinstance(student, Tensor) and student.ndim == 2
     if rows_only != (isinstance(teacher, Tensor) and teacher.ndim == 2):
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} tensors" for x in (student, teacher)]
@@ -91,7 +90,7 @@ def soft_cross_entropy(
     if inplace and reduction == "none":
         raise ValueError('inplace must be False for reduction="none", whose gradient is not known in the forward')
     t = [x.detach() if x.requires_grad else x for x in t]
-    options = (t, center, row_weight, float(student_temp), float(teacher_temp), exclude)
+    options = (t, center, row_weight, *temperatures, exclude)
     if reduction == "none":
         loss, mean = op.rows(s, *options, return_center)
         loss = loss[0] if rows_only else loss
@@ -130,14 +129,21 @@ def softmax_center(logits: Tensor, center: Tensor | None = None, temperature: fl
     Source: DINO `main_dino.py::DINOLoss`; DINOv2 `dino_clstoken_loss.py::softmax_center_teacher`.
     """
     check.floating("logits", logits)
-    check.positive("temperature", temperature)
+    number = _temperature("temperature", temperature)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if center is not None:
         _check_center(center, logits, 1)
         center = center.reshape(-1)
-    p, mean = op.softmax_center(logits.reshape(-1, logits.shape[-1]), center, float(temperature))
+    p, mean = op.softmax_center(logits.reshape(-1, logits.shape[-1]), center, number)
     return p.reshape(logits.shape), mean
+
+
+def _temperature(name: str, x: Any) -> float:
+    if isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a number, got Tensor")
+    check.positive(name, x)
+    return float(x)
 
 
 def _views(name: str, x: Any) -> list[Tensor]:
