@@ -146,7 +146,8 @@ def swav_loss(
         sinkhorn_iterations, sinkhorn_epsilon: as in `sinkhorn_knopp`.
 
     Raises:
-        ValueError, TypeError: other shapes, dtypes or devices; fewer than two crops; as many queues as crops.
+        ValueError, TypeError: other shapes, dtypes or devices; fewer than two crops; not as many queues as
+            crops; an empty batch.
 
     Example:
         >>> high = [torch.randn(4, 32, requires_grad=True) for _ in range(2)]
@@ -155,14 +156,16 @@ def swav_loss(
     Source: Caron et al. 2020, `main_swav.py::train`; lightly `SwaVLoss`.
     """
     high, low = list(high_resolution_outputs), list(low_resolution_outputs)
-    for name, crops in (("high_resolution_outputs", high), ("low_resolution_outputs", low)):
-        for i, x in enumerate(crops):
-            _check_like(f"{name}[{i}]", x, high[0], rows=high[0].shape[0] if i or crops is low else None)
     if not high or len(high) + len(low) < 2:
         raise ValueError(
             "high_resolution_outputs must hold a crop, and with low_resolution_outputs two, "
             f"got {len(high)} and {len(low)}"
         )
+    check.floating("high_resolution_outputs[0]", high[0])
+    check.not_empty("high_resolution_outputs[0]", high[0])
+    for name, crops in (("high_resolution_outputs", high), ("low_resolution_outputs", low)):
+        for i, x in enumerate(crops):
+            _check_like(f"{name}[{i}]", x, high[0], high[0].shape[0])
     scores = [x.detach() for x in high]
     if queue_outputs is not None:
         if len(queue_outputs) != len(high):
@@ -226,9 +229,10 @@ def _token_weights(mask: Any, tokens: Tensor) -> Tensor:
     return weights[image].where(last[-1] == count, torch.nan)
 
 
-def _check_like(name: str, x: Any, first: Any, rows: int | None = None) -> None:
+def _check_like(name: str, x: Any, first: Tensor, rows: int | None = None) -> None:
     """(B, K) of the device and width of `first`, and of as many rows where those are given."""
     check.floating(name, x)
-    if x.ndim != 2 or x.shape[1] != first.shape[1] or x.shape[0] != (rows or x.shape[0]):
-        raise ValueError(f"{name} must have shape ({rows or 'B'}, {first.shape[-1]}), got {tuple(x.shape)}")
+    if x.ndim != 2 or first.ndim != 2 or x.shape[1] != first.shape[1] or rows not in (None, x.shape[0]):
+        expected = "(B, K)" if first.ndim != 2 else f"({'Q' if rows is None else rows}, {first.shape[1]})"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
     check.same_device(name, x, "high_resolution_outputs[0]", first)
