@@ -12,6 +12,27 @@ namespace sslkernels {
 // Rows that are visited side by side: memory delivers several of them sooner than one. The first sweep keeps nothing of
 // a row, the others its weights, which must stay in the cache.
 constexpr i64 kRowsAtOnce = 8, kRowsShared = 4;
+
+// What a difference of scores is multiplied by, and where its exponential stops.
+template <typename T>
+struct Rate;
+
+template <>
+struct Rate<float> {
+  explicit Rate(double epsilon)
+      : high(static_cast<float>(kLog2E / epsilon)),
+        low(static_cast<float>(kLog2E / epsilon - high)),
+        least(static_cast<float>(-100 * epsilon / kLog2E)),
+        most(static_cast<float>(120 * epsilon / kLog2E)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
+  float high, low, least, most;
+};
+
+template <>
+struct Rate<double> {
+  explicit Rate(double epsilon) : high(1 / epsilon), most(80 * epsilon) {}
+  double high, most;
+};
 }  // namespace sslkernels
 
 #define SSLKERNELS_LEAVES "cpu/distillation_sinkhorn.inl"
@@ -63,8 +84,8 @@ class Sinkhorn {
  public:
   Sinkhorn(const Tensor& x, i64 view, double epsilon)
       : x_(x, view),
+        rate_(epsilon),
         epsilon_(static_cast<T>(epsilon)),
-        rate_(static_cast<T>(1.4426950408889634 / epsilon)),
         ratio_(static_cast<T>(static_cast<double>(x_.cols) / x_.rows)),
         threads_(useful_threads(kFlopsAnExp * x_.rows * x_.cols)) {}
 
@@ -188,7 +209,8 @@ class Sinkhorn {
   }
 
   const Scores<T> x_;
-  T epsilon_, rate_, ratio_;
+  const Rate<T> rate_;
+  T epsilon_, ratio_;
   i64 threads_;
 };
 

@@ -1,35 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loops of Sinkhorn-Knopp over pieces of rows. Included once for each instruction set by multiversion.inl.
 
-// exp(d / epsilon), with rate = log2(e) / epsilon. Beyond 2^-126 and 2^120 it stays there: no denormals, and a sum
-// shows that it needs a shift. Relative error below 3e-7 and that of the argument.
-INLINE float decay(float d, float rate) {
-  float y = d * rate;
-  y = y < -100.0f ? -100.0f : y;
-  y = y > 120.0f ? 120.0f : y;
-  const float t = y + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(y)
-  const float r = y - (t - 12582912.0f);
-  float p = 1.33335581e-3f;
-  p = p * r + 9.61812910e-3f;
-  p = p * r + 5.55041087e-2f;
-  p = p * r + 2.40226507e-1f;
-  p = p * r + 6.93147181e-1f;
+// exp(d / epsilon), within 2^-100, so that no product is a denormal, on which processors stall, and 2^120, where a sum
+// shows that it needs a shift. log2(e) / epsilon has two parts, so that with an FMA the argument is not rounded before
+// its whole part is gone. Relative error below 3e-7.
+INLINE float decay(float d, const Rate<float>& rate) {
+  d = d < rate.least ? rate.least : d;
+  d = d > rate.most ? rate.most : d;
+  const float t = d * rate.high + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the whole part
+  const float r = (d * rate.high - (t - 12582912.0f)) + d * rate.low;
+  float p = 1.326472721e-3f;
+  p = p * r + 9.671512812e-3f;
+  p = p * r + 5.550733745e-2f;
+  p = p * r + 2.402224208e-1f;
+  p = p * r + 6.931469776e-1f;
   p = p * r + 1.0f;
   return p * bits<float>((bits<uint32_t>(t) << 23) + 0x3f800000u);
 }
 
-INLINE double decay(double d, double rate) {
-  const double y = d * (rate * 0.6931471805599453);
-  return exp_(y > 80.0 ? 80.0 : y);
-}
+INLINE double decay(double d, const Rate<double>& rate) { return exp_((d > rate.most ? rate.most : d) * rate.high); }
 
 // The same, but 0 where it would stay.
-INLINE float vanishing_decay(float d, float rate) {
+INLINE float vanishing_decay(float d, const Rate<float>& rate) {
   const float e = decay(d, rate);
-  return d * rate < -100.0f ? 0.0f : e;
+  return d < rate.least ? 0.0f : e;
 }
 
-INLINE double vanishing_decay(double d, double rate) { return decay(d, rate); }
+INLINE double vanishing_decay(double d, const Rate<double>& rate) { return decay(d, rate); }
 
 // log(x) of a positive normal number; NaN stays NaN. Relative error below 2e-7, absolute near x = 1.
 INLINE float log_(float x) {
@@ -44,7 +41,7 @@ INLINE double log_(double x) { return std::log(x); }
 
 // highest_j = the largest of the scores so far, sum_j = sum of exp((score - highest_j) / epsilon)
 template <i64 count, typename T>
-INLINE void add_rows(const T* x, i64 ld, i64 cols, T rate, T* highest, T* sum) {
+INLINE void add_rows(const T* x, i64 ld, i64 cols, const Rate<T>& rate, T* highest, T* sum) {
 #pragma omp simd
   for (i64 j = 0; j < cols; ++j) {
     T m = highest[j];
@@ -58,7 +55,7 @@ INLINE void add_rows(const T* x, i64 ld, i64 cols, T rate, T* highest, T* sum) {
 }
 
 template <typename T>
-LEAF void column_sums(const T* x, i64 ld, i64 rows, i64 cols, T rate, T* highest, T* sum) {
+LEAF void column_sums(const T* x, i64 ld, i64 rows, i64 cols, const Rate<T>& rate, T* highest, T* sum) {
   i64 i = 0;
   for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) add_rows<kRowsAtOnce>(x + i * ld, ld, cols, rate, highest, sum);
   for (; i < rows; ++i) add_rows<1>(x + i * ld, ld, cols, rate, highest, sum);
@@ -66,7 +63,7 @@ LEAF void column_sums(const T* x, i64 ld, i64 rows, i64 cols, T rate, T* highest
 
 // e_j = exp((x_j - center_j - shift) / epsilon); its sum
 template <typename T>
-LEAF T weigh(const T* x, const T* center, i64 n, T rate, T shift, T* e) {
+LEAF T weigh(const T* x, const T* center, i64 n, const Rate<T>& rate, T shift, T* e) {
   T s = 0;
 #pragma omp simd reduction(+ : s)
   for (i64 j = 0; j < n; ++j) {
@@ -78,8 +75,8 @@ LEAF T weigh(const T* x, const T* center, i64 n, T rate, T shift, T* e) {
 
 // share_j += inverse_i e_ij, of the rows before; then e_ij as above for `count` rows of x, and its sums
 template <i64 count, typename T>
-INLINE void share_and_weigh(const T* x, i64 ld, const T* center, i64 n, T rate, T* e, i64 lde, const T* inverse,
-                            T* share, T* sum) {
+INLINE void share_and_weigh(const T* x, i64 ld, const T* center, i64 n, const Rate<T>& rate, T* e, i64 lde,
+                            const T* inverse, T* share, T* sum) {
   static_assert(count <= kRowsShared && kRowsShared == 4, "");
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
@@ -104,8 +101,8 @@ INLINE void share_and_weigh(const T* x, i64 ld, const T* center, i64 n, T rate, 
 }
 
 template <typename T>
-LEAF void share_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, T rate, T* e, i64 lde, const T* inverse,
-                          T* share, T* sum) {
+LEAF void share_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, const Rate<T>& rate, T* e, i64 lde,
+                          const T* inverse, T* share, T* sum) {
   switch (rows) {
     case 4:
       return share_and_weigh<4>(x, ld, center, n, rate, e, lde, inverse, share, sum);
@@ -120,7 +117,7 @@ LEAF void share_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, 
 
 // out_j = inverse e_j, the row before; then e_j as above for this row, and its sum
 template <typename T>
-LEAF T write_and_weigh(const T* x, const T* center, i64 n, T rate, T* e, T inverse, T* out) {
+LEAF T write_and_weigh(const T* x, const T* center, i64 n, const Rate<T>& rate, T* e, T inverse, T* out) {
   T s = 0;
 #pragma omp simd reduction(+ : s)
   for (i64 j = 0; j < n; ++j) {
