@@ -272,6 +272,16 @@ def test_each_instruction_set(dtype: torch.dtype, level: int) -> None:
 
 
 @built
+@pytest.mark.parametrize(("rows", "columns"), [(64, 20), (96, 150), (256, 1000)])
+def test_cosines_within_twice_the_error_of_eager(rows: int, columns: int, level: int) -> None:
+    """What SwAV has, where the exponential form is at its best: twice its error and one rounding, nothing more."""
+    x = F.normalize(torch.randn(rows, 32), dim=1) @ F.normalize(torch.randn(columns, 32), dim=1).T
+    exact = logarithmic(x.double())
+    error, eager = ((codes.double() - exact).norm() for codes in (ops.sinkhorn_knopp(x), exponential(x)))
+    assert error <= 2 * eager + torch.finfo(F32).eps * exact.norm()
+
+
+@built
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved only where it is touched")
 def test_offsets_beyond_32_bits() -> None:
     step, rows, width = 2**30, 4, 16
