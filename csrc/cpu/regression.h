@@ -15,6 +15,4 @@ struct Regression {
   T beta, eps;
 };
 
-constexpr i64 kBlock = 16;  // rows that are summed in T before they join a sum in double
-
 }  // namespace sslkernels

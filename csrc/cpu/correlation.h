@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products over the batch, C = a^T b or a^T a of each view, where only norms of C and their gradients are wanted. What
+// the ops compute is defined in sslkernels/reference/correlation.py.
+#pragma once
+
+#include "cpu/operand.h"
+
+namespace sslkernels {
+
+// Of each column: mean + rest is the mean, rounded and what is left of it; inverse is 1 / sqrt(variance + eps).
+template <typename T>
+struct Moments {
+  T *mean, *rest, *inverse;
+  double* variance;
+};
+
+// The leaves of correlation.inl. A strip is (rows, cols) with row stride ld.
+template <typename T>
+struct Strips {
+  // the moments of each column, its variance over `degrees`; scratch: 2 cols
+  static void measure(const T* x, i64 ld, i64 rows, i64 cols, double eps, double degrees, const Moments<T>& m,
+                      double* scratch);
+  // out = x - mean, times inverse to scale; in place too
+  static void center(const T* x, i64 ld, i64 rows, i64 cols, const Moments<T>& m, bool scale, T* out, i64 ldo);
+  // sums_j = sum_i a_ij, dots_j = sum_i a_ij b_ij
+  static void column_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols, double* sums, double* dots);
+  // g = factor g + diagonal_j other; without the second term where diagonal is null
+  static void combine(T* g, i64 ldg, const T* other, i64 ldo, i64 rows, i64 cols, T factor, const T* diagonal);
+  // out = (g - mean_j - z along_j) inverse_j
+  static void through_standard(const T* g, i64 ldg, const T* z, i64 ldz, i64 rows, i64 cols, const T* mean,
+                               const T* along, const T* inverse, T* out, i64 ldo);
+  // sum (x - y)^2, and out += factor (x - y)
+  static double squared_distance(const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols);
+  static void add_difference(T* out, i64 ldo, const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols, T factor);
+  // sum a b
+  static double inner(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols);
+  // out = x^T
+  static void transpose(const T* x, i64 ld, i64 rows, i64 cols, T* out, i64 ldo);
+  // sum c^2, then c *= factor. Where diagonal is given it replaces c_ij with j = first + i, which are not counted.
+  static double weigh(T* c, i64 ld, i64 rows, i64 cols, i64 first, const T* diagonal, T factor);
+};
+
+enum class Columns { kRaw, kCentered, kStandardized };
+
+// The features of one view, (N, D) of any dtype and strides, and what is done to their columns.
+template <typename T>
+class Batch {
+ public:
+  explicit Batch(const Tensor& x, Columns treatment = Columns::kRaw, double eps = 0, bool unbiased = true);
+
+  // With the moments that another found.
+  Batch(const Tensor& x, const Tensor& moments, bool unbiased);
+
+  // Whether columns() gives a part of the view itself.
+  bool in_place() const { return direct_ && treatment == Columns::kRaw; }
+
+  // Some columns after their treatment, where they lie or in `room`; `measure` finds their moments first.
+  View<T> columns(Range cols, T* room, i64 ld, bool measure) const;
+
+  // Some columns before it, in `out`, (N, cols) dense.
+  void load(Range cols, T* out) const;
+
+  // Some elements before it, where they lie or in `room`.
+  View<T> raw(Range rows, Range cols, T* room, i64 ld) const;
+
+  // Turns the gradient of columns z = columns(cols) into that of the view's own, in place.
+  void backward(Range cols, T* g, i64 ld, const View<T>& z) const;
+
+  const Tensor& moments() const { return moments_; }
+  double variance(i64 j) const { return variance_[j]; }
+
+ private:
+  Moments<T> moments(Range cols) const;
+
+  Tensor tensor_;
+  const char* data_;
+
+ public:
+  const i64 rows, cols;
+  const Columns treatment;
+
+ private:
+  i64 row_stride_, col_stride_, bytes_;
+  Dtype dtype_;
+  bool direct_;
+  double eps_, degrees_;
+  Tensor moments_;  // (3, D): mean, rest, inverse
+  Buffer<double> variance_;
+};
+
+// The N x N matrices K = Z Z^T of one or two views, from panels of their columns. Half of the tiles are computed.
+template <typename T>
+class Grams {
+ public:
+  Grams(i64 views, i64 rows, i64 threads);
+  void add(const std::vector<View<T>>& panels);
+  // Makes them whole; nothing can be added from then on.
+  void close();
+  // <K_v, K_w>
+  double inner(i64 v, i64 w) const;
+  View<T> operator[](i64 v) const { return {k_ + v * size_, rows_, rows_, ld_, 1}; }
+
+ private:
+  T* part(i64 p, i64 v) const { return k_ + (p * views_ + v) * size_; }
+
+  i64 views_, rows_, ld_, size_, tile_, blocks_, threads_, parts_;
+  bool empty_ = true;
+  Buffer<T> k_, products_;
+};
+
+// What a value that is made of C and of the views gives back to them.
+template <typename T>
+struct Slopes {
+  T product;                             // to an entry of C this multiple of it
+  std::vector<std::vector<T>> diagonal;  // to the diagonal, of each side, these; none for the whole norm
+  T difference;                          // to the first view this multiple of (x - y), to the second the negative
+};
+
+// C = a^T b of two sides, or C = a^T a of each side, for its norm and the gradients of that. The columns are read once
+// here and once for the gradients. What is kept is N x N in Gram space; else the treated columns, and panels of C.
+template <typename T>
+class Product {
+ public:
+  // whole: the norm is of all of C, else of what is not on its diagonal. distance: sum (x - y)^2 is found as well.
+  Product(std::vector<Batch<T>> sides, bool cross, bool whole, bool distance);
+
+  // C_jj of a side; not found for the whole norm.
+  double diagonal(i64 v, i64 j) const { return diagonal_[cross_ ? 0 : v][j]; }
+  double distance() const;
+  const Batch<T>& side(i64 v) const { return sides_[v]; }
+
+  // The squared norm, summed over the sides; gradients of the sides into what is not null, (N, D) dense.
+  double norm(const Slopes<T>& slopes, const std::vector<T*>& out) const;
+
+ private:
+  i64 views() const { return static_cast<i64>(sides_.size()); }
+  i64 partner(i64 v) const { return cross_ ? 1 - v : v; }
+  Range clip(i64 v, Range cols) const;
+  View<T> columns(i64 v, Range cols, T* room, i64 ld, bool measure) const;
+  void examine(Range cols, const std::vector<View<T>>& z, double* distance);
+  void finish(i64 v, Range cols, T* out, const View<T>& z, const Slopes<T>& slopes) const;
+  void measure_grams();
+  void gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& out) const;
+  void treat_features(bool measure);
+  double feature_product(i64 left, i64 right, const Slopes<T>& slopes, const std::vector<T*>& out) const;
+
+  std::vector<Batch<T>> sides_;
+  bool cross_, whole_, with_distance_;
+  i64 rows_, wide_, threads_;
+  std::vector<std::vector<double>> diagonal_;
+  std::vector<double> distances_;  // of each thread
+  double norm_ = 0;
+  std::optional<Grams<T>> grams_;
+  std::vector<Buffer<T>> copies_;
+  std::vector<View<T>> treated_;  // in feature space
+};
+
+}  // namespace sslkernels
