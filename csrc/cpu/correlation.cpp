@@ -138,8 +138,9 @@ Tensor standardize_backward(const Tensor& grad, const Tensor& x, const Tensor& m
     Tensor out = empty({batch.rows, batch.cols}, x.scalar_type());
     over_strips(batch, false, [&](Range cols, const View<T>& z, T* scratch) {
       slope.load(cols, scratch);
-      batch.backward(cols, scratch, cols.size(), z);
-      store<T>({scratch, batch.rows, cols.size(), cols.size(), 1}, out, cols);
+      const View<T> g{scratch, batch.rows, cols.size(), cols.size(), 1};
+      batch.backward(cols, g, T(1), z, nullptr, nullptr, z, scratch, cols.size());
+      store(g, out, cols);
     });
     return out;
   });

@@ -11,31 +11,31 @@ namespace sslkernels {
 template <typename T>
 struct Moments {
   T *mean, *rest, *inverse;
-  double* variance;
 };
 
-// The leaves of correlation.inl. A strip is (rows, cols) with row stride ld.
+// The leaves of correlation.inl. Views are (rows, cols), dense along a row; results of that form have row stride ld.
 template <typename T>
 struct Strips {
   // the moments of each column, its variance over `degrees`; scratch: 2 cols
-  static void measure(const T* x, i64 ld, i64 rows, i64 cols, double eps, double degrees, const Moments<T>& m,
-                      double* scratch);
+  static void measure(const View<T>& x, double eps, double degrees, const Moments<T>& m, double* scratch);
   // out = x - mean, times inverse to scale; in place too
-  static void center(const T* x, i64 ld, i64 rows, i64 cols, const Moments<T>& m, bool scale, T* out, i64 ldo);
-  // sums_j = sum_i a_ij, dots_j = sum_i a_ij b_ij
-  static void column_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols, double* sums, double* dots);
-  // g = factor g + diagonal_j other; without the second term where diagonal is null
-  static void combine(T* g, i64 ldg, const T* other, i64 ldo, i64 rows, i64 cols, T factor, const T* diagonal);
-  // out = (g - mean_j - z along_j) inverse_j
-  static void through_standard(const T* g, i64 ldg, const T* z, i64 ldz, i64 rows, i64 cols, const T* mean,
-                               const T* along, const T* inverse, T* out, i64 ldo);
-  // sum (x - y)^2, and out += factor (x - y)
-  static double squared_distance(const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols);
-  static void add_difference(T* out, i64 ldo, const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols, T factor);
+  static void center(const View<T>& x, const Moments<T>& m, bool scale, T* out, i64 ld);
+  // sums_j = sum_i a_ij, dots_j = sum_i a_ij b_ij; sums may be null
+  static void column_dots(const View<T>& a, const View<T>& b, double* sums, double* dots);
+  // out = factor g + own_j other; the second term only where own is not null
+  static void blend(const View<T>& g, T factor, const View<T>& other, const T* own, T* out, i64 ld);
+  // out = (factor g + own_j other - mean_j - along_j z) inverse_j
+  static void blend_standardized(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& z,
+                                 const T* mean, const T* along, const T* inverse, T* out, i64 ld);
+  // out = factor g + own_j other + difference (x - y)
+  static void blend_difference(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& x,
+                               const View<T>& y, T difference, T* out, i64 ld);
+  // sum (x - y)^2
+  static double squared_distance(const View<T>& x, const View<T>& y);
   // sum a b
-  static double inner(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols);
+  static double inner(const View<T>& a, const View<T>& b);
   // out = x^T
-  static void transpose(const T* x, i64 ld, i64 rows, i64 cols, T* out, i64 ldo);
+  static void transpose(const View<T>& x, T* out, i64 ld);
   // sum c^2, then c *= factor. Where diagonal is given it replaces c_ij with j = first + i, which are not counted.
   static double weigh(T* c, i64 ld, i64 rows, i64 cols, i64 first, const T* diagonal, T factor);
 };
@@ -63,11 +63,12 @@ class Batch {
   // Some elements before it, where they lie or in `room`.
   View<T> raw(Range rows, Range cols, T* room, i64 ld) const;
 
-  // Turns the gradient of columns z = columns(cols) into that of the view's own, in place.
-  void backward(Range cols, T* g, i64 ld, const View<T>& z) const;
+  // The gradient of the view's columns, where that of z = columns(cols) is factor g + own_j other and <other, z> is
+  // dots_j; own may be null.
+  void backward(Range cols, const View<T>& g, T factor, const View<T>& other, const T* own, const double* dots,
+                const View<T>& z, T* out, i64 ld) const;
 
   const Tensor& moments() const { return moments_; }
-  double variance(i64 j) const { return variance_[j]; }
 
  private:
   Moments<T> moments(Range cols) const;
@@ -85,7 +86,6 @@ class Batch {
   bool direct_;
   double eps_, degrees_;
   Tensor moments_;  // (3, D): mean, rest, inverse
-  Buffer<double> variance_;
 };
 
 // The N x N matrices K = Z Z^T of one or two views, from panels of their columns. Half of the tiles are computed.
@@ -138,7 +138,10 @@ class Product {
   Range clip(i64 v, Range cols) const;
   View<T> columns(i64 v, Range cols, T* room, i64 ld, bool measure) const;
   void examine(Range cols, const std::vector<View<T>>& z, double* distance);
-  void finish(i64 v, Range cols, T* out, const View<T>& z, const Slopes<T>& slopes) const;
+  template <typename F>
+  void in_pairs(Range cols, const F& f) const;
+  void finish(i64 v, Range cols, const View<T>& g, bool complete, const View<T>& z, const View<T>& other,
+              const Slopes<T>& slopes, T* out) const;
   void measure_grams();
   void gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& out) const;
   void treat_features(bool measure);

@@ -4,34 +4,32 @@
 #include "cpu/columns.inl"
 
 template <typename T>
-LEAF void measure(const T* x, i64 ld, i64 rows, i64 cols, double eps, double degrees, const Moments<T>& m,
-                  double* scratch) {
-  double *rest = scratch, *variance = scratch + cols;
-  column_statistics(x, ld, rows, cols, m.mean, rest, variance);
-  for (i64 j = 0; j < cols; ++j) {
+LEAF void measure(const View<T>& x, double eps, double degrees, const Moments<T>& m, double* scratch) {
+  double *rest = scratch, *variance = scratch + x.cols;
+  column_statistics(x.data, x.row_stride, x.rows, x.cols, m.mean, rest, variance);
+  for (i64 j = 0; j < x.cols; ++j) {
     m.rest[j] = static_cast<T>(rest[j]);
-    m.variance[j] = variance[j] * rows / degrees;
-    m.inverse[j] = static_cast<T>(1 / std::sqrt(m.variance[j] + eps));
+    m.inverse[j] = static_cast<T>(1 / std::sqrt(variance[j] * x.rows / degrees + eps));
   }
 }
 
 template <typename T>
-LEAF void center(const T* x, i64 ld, i64 rows, i64 cols, const Moments<T>& m, bool scale, T* out, i64 ldo) {
+LEAF void center(const View<T>& x, const Moments<T>& m, bool scale, T* out, i64 ld) {
   const T *mean = m.mean, *rest = m.rest, *inverse = m.inverse;
-  for (i64 i = 0; i < rows; ++i) {
-    const T* row = x + i * ld;
-    T* o = out + i * ldo;
+  for (i64 i = 0; i < x.rows; ++i) {
+    const T* row = x.data + i * x.row_stride;
+    T* o = out + i * ld;
     if (scale) {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) o[j] = ((row[j] - mean[j]) - rest[j]) * inverse[j];
+      for (i64 j = 0; j < x.cols; ++j) o[j] = ((row[j] - mean[j]) - rest[j]) * inverse[j];
     } else {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) o[j] = (row[j] - mean[j]) - rest[j];
+      for (i64 j = 0; j < x.cols; ++j) o[j] = (row[j] - mean[j]) - rest[j];
     }
   }
 }
 
-// sums_j += sum over `count` rows of a_j, dots_j likewise of a_j b_j
+// sums_j += sum over `count` rows of a_j, dots_j likewise of a_j b_j; sums may be null
 template <i64 count, typename T>
 INLINE void add_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 cols, double* sums, double* dots) {
 #pragma omp simd
@@ -41,89 +39,107 @@ INLINE void add_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 cols, double*
       sum += a[i * lda + j];
       dot += a[i * lda + j] * b[i * ldb + j];
     }
-    sums[j] += sum;
+    if (sums)
+      sums[j] += sum;
     dots[j] += dot;
   }
 }
 
 template <typename T>
-LEAF void column_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols, double* sums, double* dots) {
-  std::fill_n(sums, cols, 0.0);
-  std::fill_n(dots, cols, 0.0);
+LEAF void column_dots(const View<T>& a, const View<T>& b, double* sums, double* dots) {
+  if (sums)
+    std::fill_n(sums, a.cols, 0.0);
+  std::fill_n(dots, a.cols, 0.0);
+  const i64 lda = a.row_stride, ldb = b.row_stride;
   i64 i = 0;
-  for (; i + kBlock <= rows; i += kBlock) add_dots<kBlock>(a + i * lda, lda, b + i * ldb, ldb, cols, sums, dots);
-  for (; i < rows; ++i) add_dots<1>(a + i * lda, lda, b + i * ldb, ldb, cols, sums, dots);
+  for (; i + kBlock <= a.rows; i += kBlock)
+    add_dots<kBlock>(a.data + i * lda, lda, b.data + i * ldb, ldb, a.cols, sums, dots);
+  for (; i < a.rows; ++i) add_dots<1>(a.data + i * lda, lda, b.data + i * ldb, ldb, a.cols, sums, dots);
 }
 
 template <typename T>
-LEAF void combine(T* g, i64 ldg, const T* other, i64 ldo, i64 rows, i64 cols, T factor, const T* diagonal) {
-  for (i64 i = 0; i < rows; ++i) {
-    T* row = g + i * ldg;
-    const T* o = other + i * ldo;
-    if (diagonal) {
+LEAF void blend(const View<T>& g, T factor, const View<T>& other, const T* own, T* out, i64 ld) {
+  for (i64 i = 0; i < g.rows; ++i) {
+    const T *grad = g.data + i * g.row_stride, *o = other.data + i * other.row_stride;
+    T* row = out + i * ld;
+    if (own) {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) row[j] = factor * row[j] + diagonal[j] * o[j];
+      for (i64 j = 0; j < g.cols; ++j) row[j] = factor * grad[j] + own[j] * o[j];
     } else {
 #pragma omp simd
-      for (i64 j = 0; j < cols; ++j) row[j] *= factor;
+      for (i64 j = 0; j < g.cols; ++j) row[j] = factor * grad[j];
     }
   }
 }
 
 template <typename T>
-LEAF void through_standard(const T* g, i64 ldg, const T* z, i64 ldz, i64 rows, i64 cols, const T* mean, const T* along,
-                           const T* inverse, T* out, i64 ldo) {
-  for (i64 i = 0; i < rows; ++i) {
-    const T *grad = g + i * ldg, *unit = z + i * ldz;
-    T* o = out + i * ldo;
+LEAF void blend_standardized(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& z,
+                             const T* mean, const T* along, const T* inverse, T* out, i64 ld) {
+  for (i64 i = 0; i < g.rows; ++i) {
+    const T *grad = g.data + i * g.row_stride, *o = other.data + i * other.row_stride;
+    const T* unit = z.data + i * z.row_stride;
+    T* row = out + i * ld;
+    if (own) {
 #pragma omp simd
-    for (i64 j = 0; j < cols; ++j) o[j] = ((grad[j] - mean[j]) - unit[j] * along[j]) * inverse[j];
+      for (i64 j = 0; j < g.cols; ++j)
+        row[j] = (((factor * grad[j] + own[j] * o[j]) - mean[j]) - unit[j] * along[j]) * inverse[j];
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < g.cols; ++j) row[j] = ((factor * grad[j] - mean[j]) - unit[j] * along[j]) * inverse[j];
+    }
   }
 }
 
 template <typename T>
-LEAF double squared_distance(const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols) {
+LEAF void blend_difference(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& x,
+                           const View<T>& y, T difference, T* out, i64 ld) {
+  for (i64 i = 0; i < g.rows; ++i) {
+    const T *grad = g.data + i * g.row_stride, *o = other.data + i * other.row_stride;
+    const T *a = x.data + i * x.row_stride, *b = y.data + i * y.row_stride;
+    T* row = out + i * ld;
+    if (own) {
+#pragma omp simd
+      for (i64 j = 0; j < g.cols; ++j) row[j] = factor * grad[j] + own[j] * o[j] + difference * (a[j] - b[j]);
+    } else {
+#pragma omp simd
+      for (i64 j = 0; j < g.cols; ++j) row[j] = factor * grad[j] + difference * (a[j] - b[j]);
+    }
+  }
+}
+
+template <typename T>
+LEAF double squared_distance(const View<T>& x, const View<T>& y) {
   double total = 0;
-  for (i64 i = 0; i < rows; ++i) {
-    const T *a = x + i * ldx, *b = y + i * ldy;
+  for (i64 i = 0; i < x.rows; ++i) {
+    const T *a = x.data + i * x.row_stride, *b = y.data + i * y.row_stride;
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (i64 j = 0; j < cols; ++j) sum += (a[j] - b[j]) * (a[j] - b[j]);
+    for (i64 j = 0; j < x.cols; ++j) sum += (a[j] - b[j]) * (a[j] - b[j]);
     total += sum;
   }
   return total;
 }
 
 template <typename T>
-LEAF void add_difference(T* out, i64 ldo, const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols, T factor) {
-  for (i64 i = 0; i < rows; ++i) {
-    const T *a = x + i * ldx, *b = y + i * ldy;
-    T* o = out + i * ldo;
-#pragma omp simd
-    for (i64 j = 0; j < cols; ++j) o[j] += factor * (a[j] - b[j]);
-  }
-}
-
-template <typename T>
-LEAF double inner(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols) {
+LEAF double inner(const View<T>& a, const View<T>& b) {
   double total = 0;
-  for (i64 i = 0; i < rows; ++i) {
-    const T *p = a + i * lda, *q = b + i * ldb;
+  for (i64 i = 0; i < a.rows; ++i) {
+    const T *p = a.data + i * a.row_stride, *q = b.data + i * b.row_stride;
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (i64 j = 0; j < cols; ++j) sum += static_cast<double>(p[j]) * q[j];
+    for (i64 j = 0; j < a.cols; ++j) sum += static_cast<double>(p[j]) * q[j];
     total += sum;
   }
   return total;
 }
 
 template <typename T>
-LEAF void transpose(const T* x, i64 ld, i64 rows, i64 cols, T* out, i64 ldo) {
-  for (i64 i = 0; i < rows; i += kBlock) {
-    const i64 end = i + kBlock < rows ? i + kBlock : rows;
-    for (i64 j = 0; j < cols; ++j) {
-      T* o = out + j * ldo;
-      for (i64 k = i; k < end; ++k) o[k] = x[k * ld + j];
+LEAF void transpose(const View<T>& x, T* out, i64 ld) {
+  for (i64 i = 0; i < x.rows; i += kBlock) {
+    const i64 end = i + kBlock < x.rows ? i + kBlock : x.rows;
+    for (i64 j = 0; j < x.cols; ++j) {
+      T* o = out + j * ld;
+      for (i64 k = i; k < end; ++k) o[k] = x.data[k * x.row_stride + j];
     }
   }
 }

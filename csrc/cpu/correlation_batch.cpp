@@ -8,51 +8,50 @@
 namespace sslkernels {
 
 template <typename T>
-void Strips<T>::measure(const T* x, i64 ld, i64 rows, i64 cols, double eps, double degrees, const Moments<T>& m,
-                        double* scratch) {
-  SSLKERNELS_AT_LEVEL(measure(x, ld, rows, cols, eps, degrees, m, scratch));
+void Strips<T>::measure(const View<T>& x, double eps, double degrees, const Moments<T>& m, double* scratch) {
+  SSLKERNELS_AT_LEVEL(measure(x, eps, degrees, m, scratch));
 }
 
 template <typename T>
-void Strips<T>::center(const T* x, i64 ld, i64 rows, i64 cols, const Moments<T>& m, bool scale, T* out, i64 ldo) {
-  SSLKERNELS_AT_LEVEL(center(x, ld, rows, cols, m, scale, out, ldo));
+void Strips<T>::center(const View<T>& x, const Moments<T>& m, bool scale, T* out, i64 ld) {
+  SSLKERNELS_AT_LEVEL(center(x, m, scale, out, ld));
 }
 
 template <typename T>
-void Strips<T>::column_dots(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols, double* sums, double* dots) {
-  SSLKERNELS_AT_LEVEL(column_dots(a, lda, b, ldb, rows, cols, sums, dots));
+void Strips<T>::column_dots(const View<T>& a, const View<T>& b, double* sums, double* dots) {
+  SSLKERNELS_AT_LEVEL(column_dots(a, b, sums, dots));
 }
 
 template <typename T>
-void Strips<T>::combine(T* g, i64 ldg, const T* other, i64 ldo, i64 rows, i64 cols, T factor, const T* diagonal) {
-  SSLKERNELS_AT_LEVEL(combine(g, ldg, other, ldo, rows, cols, factor, diagonal));
+void Strips<T>::blend(const View<T>& g, T factor, const View<T>& other, const T* own, T* out, i64 ld) {
+  SSLKERNELS_AT_LEVEL(blend(g, factor, other, own, out, ld));
 }
 
 template <typename T>
-void Strips<T>::through_standard(const T* g, i64 ldg, const T* z, i64 ldz, i64 rows, i64 cols, const T* mean,
-                                 const T* along, const T* inverse, T* out, i64 ldo) {
-  SSLKERNELS_AT_LEVEL(through_standard(g, ldg, z, ldz, rows, cols, mean, along, inverse, out, ldo));
+void Strips<T>::blend_standardized(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& z,
+                                   const T* mean, const T* along, const T* inverse, T* out, i64 ld) {
+  SSLKERNELS_AT_LEVEL(blend_standardized(g, factor, other, own, z, mean, along, inverse, out, ld));
 }
 
 template <typename T>
-double Strips<T>::squared_distance(const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols) {
-  return SSLKERNELS_AT_LEVEL(squared_distance(x, ldx, y, ldy, rows, cols));
+void Strips<T>::blend_difference(const View<T>& g, T factor, const View<T>& other, const T* own, const View<T>& x,
+                                 const View<T>& y, T difference, T* out, i64 ld) {
+  SSLKERNELS_AT_LEVEL(blend_difference(g, factor, other, own, x, y, difference, out, ld));
 }
 
 template <typename T>
-void Strips<T>::add_difference(T* out, i64 ldo, const T* x, i64 ldx, const T* y, i64 ldy, i64 rows, i64 cols,
-                               T factor) {
-  SSLKERNELS_AT_LEVEL(add_difference(out, ldo, x, ldx, y, ldy, rows, cols, factor));
+double Strips<T>::squared_distance(const View<T>& x, const View<T>& y) {
+  return SSLKERNELS_AT_LEVEL(squared_distance(x, y));
 }
 
 template <typename T>
-double Strips<T>::inner(const T* a, i64 lda, const T* b, i64 ldb, i64 rows, i64 cols) {
-  return SSLKERNELS_AT_LEVEL(inner(a, lda, b, ldb, rows, cols));
+double Strips<T>::inner(const View<T>& a, const View<T>& b) {
+  return SSLKERNELS_AT_LEVEL(inner(a, b));
 }
 
 template <typename T>
-void Strips<T>::transpose(const T* x, i64 ld, i64 rows, i64 cols, T* out, i64 ldo) {
-  SSLKERNELS_AT_LEVEL(transpose(x, ld, rows, cols, out, ldo));
+void Strips<T>::transpose(const View<T>& x, T* out, i64 ld) {
+  SSLKERNELS_AT_LEVEL(transpose(x, out, ld));
 }
 
 template <typename T>
@@ -74,8 +73,7 @@ Batch<T>::Batch(const Tensor& x, Columns treatment, double eps, bool unbiased)
       direct_(x.scalar_type() == kScalar<T> && (col_stride_ == 1 || cols == 1) && row_stride_ >= cols),
       eps_(eps),
       degrees_(static_cast<double>(unbiased ? rows - 1 : rows)),
-      moments_(empty({3, treatment == Columns::kRaw ? 0 : cols}, kScalar<T>)),
-      variance_(treatment == Columns::kRaw ? 0 : cols) {}
+      moments_(empty({3, treatment == Columns::kRaw ? 0 : cols}, kScalar<T>)) {}
 
 template <typename T>
 Batch<T>::Batch(const Tensor& x, const Tensor& moments, bool unbiased) : Batch(x, Columns::kStandardized, 0, unbiased) {
@@ -85,7 +83,7 @@ Batch<T>::Batch(const Tensor& x, const Tensor& moments, bool unbiased) : Batch(x
 template <typename T>
 Moments<T> Batch<T>::moments(Range cols_) const {
   T* first = data<T>(moments_) + cols_.begin;
-  return {first, first + cols, first + 2 * cols, variance_ + cols_.begin};
+  return {first, first + cols, first + 2 * cols};
 }
 
 template <typename T>
@@ -109,33 +107,39 @@ View<T> Batch<T>::raw(Range rows_, Range cols_, T* room, i64 ld) const {
 
 template <typename T>
 View<T> Batch<T>::columns(Range cols_, T* room, i64 ld, bool measure) const {
-  const View<T> x = raw({0, rows}, cols_, room, ld);
+  const i64 n = cols_.size();
+  View<T> x = raw({0, rows}, cols_, room, ld);
   if (treatment == Columns::kRaw)
     return x;
   const Moments<T> m = moments(cols_);
   if (measure) {
-    std::vector<double> scratch(2 * cols_.size());
-    Strips<T>::measure(x.data, x.row_stride, rows, cols_.size(), eps_, degrees_, m, scratch.data());
+    if (x.data != room) {
+      // several passes: rows that lie a power of two apart would share few sets of the cache
+      for (i64 i = 0; i < rows; ++i) std::copy_n(x.data + i * x.row_stride, n, room + i * ld);
+      x = {room, rows, n, ld, 1};
+    }
+    std::vector<double> scratch(2 * n);
+    Strips<T>::measure(x, eps_, degrees_, m, scratch.data());
   }
-  Strips<T>::center(x.data, x.row_stride, rows, cols_.size(), m, treatment == Columns::kStandardized, room, ld);
-  return {room, rows, cols_.size(), ld, 1};
+  Strips<T>::center(x, m, treatment == Columns::kStandardized, room, ld);
+  return {room, rows, n, ld, 1};
 }
 
 template <typename T>
-void Batch<T>::backward(Range cols_, T* g, i64 ld, const View<T>& z) const {
+void Batch<T>::backward(Range cols_, const View<T>& g, T factor, const View<T>& other, const T* own, const double* dots,
+                        const View<T>& z, T* out, i64 ld) const {
+  // what comes to centred columns from products with centred columns is centred already
   if (treatment != Columns::kStandardized)
-    return;  // the gradient of a centred column that comes from products with centred columns is centred
+    return Strips<T>::blend(g, factor, other, own, out, ld);
   const i64 n = cols_.size();
-  std::vector<double> scratch(2 * n);
+  std::vector<double> sums(2 * n);
   std::vector<T> means(2 * n);
-  double *sums = scratch.data(), *dots = sums + n;
-  Strips<T>::column_dots(g, ld, z.data, z.row_stride, rows, n, sums, dots);
+  Strips<T>::column_dots(g, z, sums.data(), &sums[n]);
   for (i64 j = 0; j < n; ++j) {
-    means[j] = static_cast<T>(sums[j] / rows);
-    means[n + j] = static_cast<T>(dots[j] / degrees_);
+    means[j] = static_cast<T>(factor * sums[j] / rows);
+    means[n + j] = static_cast<T>((factor * sums[n + j] + (own ? own[j] * dots[j] : 0)) / degrees_);
   }
-  Strips<T>::through_standard(g, ld, z.data, z.row_stride, rows, n, means.data(), means.data() + n,
-                              moments(cols_).inverse, g, ld);
+  Strips<T>::blend_standardized(g, factor, other, own, z, means.data(), &means[n], moments(cols_).inverse, out, ld);
 }
 
 template struct Strips<float>;

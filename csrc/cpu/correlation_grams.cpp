@@ -78,7 +78,7 @@ void Grams<T>::close() {
       for (i64 p = 1; p < parts_; ++p) {
         tiles<T>().add(row, ld_, part(p, v) + of.begin * ld_, ld_, of.size(), of.end);
       }
-      Strips<T>::transpose(row, ld_, of.size(), of.begin, part(0, v) + of.begin, ld_);
+      Strips<T>::transpose({row, of.size(), of.begin, ld_, 1}, part(0, v) + of.begin, ld_);
     }
   });
 }
@@ -92,8 +92,8 @@ double Grams<T>::inner(i64 v, i64 w) const {
       const i64 first = b * tile_, rows = std::min(tile_, rows_ - first);
       const T *left = part(0, v) + first * ld_, *right = part(0, w) + first * ld_;
       // what lies left of the diagonal's tile counts for what lies above it
-      sums[b] = 2 * Strips<T>::inner(left, ld_, right, ld_, rows, first) +
-                Strips<T>::inner(left + first, ld_, right + first, ld_, rows, rows);
+      sums[b] = 2 * Strips<T>::inner({left, rows, first, ld_, 1}, {right, rows, first, ld_, 1}) +
+                Strips<T>::inner({left + first, rows, rows, ld_, 1}, {right + first, rows, rows, ld_, 1});
     }
   });
   double total = 0;

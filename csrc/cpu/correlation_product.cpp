@@ -6,10 +6,10 @@ namespace sslkernels {
 
 namespace {
 
-constexpr i64 kStripBytes = i64(512) << 10;  // columns that several passes find in the cache
-constexpr i64 kPanelBytes = i64(8) << 20;    // columns of a view, multiplied at once in Gram space
-constexpr i64 kCBytes = i64(16) << 20;       // rows of C, computed at once in feature space
-constexpr i64 kGemmCols = 256, kWideGemmCols = 512;
+constexpr i64 kStripBytes = i64(1) << 20;  // columns that several passes find in the cache
+constexpr i64 kPanelBytes = i64(8) << 20;  // columns of a view, multiplied at once in Gram space
+constexpr i64 kCBytes = i64(16) << 20;     // rows of C, computed at once in feature space
+constexpr i64 kGemmCols = 512;             // that a thread multiplies at once
 
 // ||a^T b||^2 = <a a^T, b b^T>. With symmetric halves that is N^2 (D + E) multiplications where C takes N D E, and the
 // gradients' products scale alike. Here N <= D / 2 for D = E, so that at most half of the norm of uncorrelated columns
@@ -82,37 +82,47 @@ View<T> Product<T>::columns(i64 v, Range cols, T* room, i64 ld, bool measure) co
 // What is to be found in columns z but their products: C's diagonal and the distance of the views.
 template <typename T>
 void Product<T>::examine(Range cols, const std::vector<View<T>>& z, double* distance) {
-  std::vector<double> sums(cols.size());
   for (size_t v = 0; v < diagonal_.size(); ++v) {
-    const View<T>& other = z[partner(v)];
-    Strips<T>::column_dots(z[v].data, z[v].row_stride, other.data, other.row_stride, rows_, cols.size(), sums.data(),
-                           diagonal_[v].data() + cols.begin);
+    Strips<T>::column_dots(z[v], z[partner(v)], nullptr, &diagonal_[v][cols.begin]);
   }
-  if (!with_distance_)
-    return;
+  if (with_distance_)
+    in_pairs(cols, [&](Range, const View<T>& x, const View<T>& y) { *distance += Strips<T>::squared_distance(x, y); });
+}
+
+// f(rows, x, y) with the two views as they are, a few rows at a time
+template <typename T>
+template <typename F>
+void Product<T>::in_pairs(Range cols, const F& f) const {
   constexpr i64 kRows = 16;
   const i64 n = cols.size();
   std::vector<T> room(2 * kRows * n);
   in_strips({0, rows_}, kRows, [&](Range rows) {
-    const View<T> x = sides_[0].raw(rows, cols, room.data(), n), y = sides_[1].raw(rows, cols, &room[kRows * n], n);
-    *distance += Strips<T>::squared_distance(x.data, x.row_stride, y.data, y.row_stride, rows.size(), n);
+    f(rows, sides_[0].raw(rows, cols, room.data(), n), sides_[1].raw(rows, cols, &room[kRows * n], n));
   });
 }
 
-// From the gradient of the treated columns z, (N, D) dense, to that of the view's.
+// The gradient of the view's columns from g, that of its columns z by the products: `complete`, or without its factor
+// and without what comes through C's diagonal.
 template <typename T>
-void Product<T>::finish(i64 v, Range cols, T* out, const View<T>& z, const Slopes<T>& slopes) const {
-  const i64 d = sides_[v].cols;
-  sides_[v].backward(cols, out + cols.begin, d, z);
+void Product<T>::finish(i64 v, Range cols, const View<T>& g, bool complete, const View<T>& z, const View<T>& other,
+                        const Slopes<T>& slopes, T* out) const {
+  const i64 n = cols.size(), d = sides_[v].cols;
+  const T factor = complete ? T(1) : slopes.product;
+  const bool add = !complete && !whole_;
+  const double* dots = add ? &diagonal_[cross_ ? 0 : v][cols.begin] : nullptr;
+  std::vector<T> by_column(add ? n : 0);
+  for (size_t j = 0; j < by_column.size(); ++j) {
+    by_column[j] = static_cast<T>(slopes.diagonal[v][cols.begin + j] - slopes.product * dots[j]);
+  }
+  const T* own = add ? by_column.data() : nullptr;
   if (!with_distance_)
-    return;
-  constexpr i64 kRows = 16;
-  const i64 n = cols.size();
-  std::vector<T> room(2 * kRows * n);
-  in_strips({0, rows_}, kRows, [&](Range rows) {
-    const View<T> x = sides_[0].raw(rows, cols, room.data(), n), y = sides_[1].raw(rows, cols, &room[kRows * n], n);
-    Strips<T>::add_difference(out + rows.begin * d + cols.begin, d, x.data, x.row_stride, y.data, y.row_stride,
-                              rows.size(), n, v == 0 ? slopes.difference : -slopes.difference);
+    return sides_[v].backward(cols, g, factor, other, own, dots, z, out + cols.begin, d);
+  const auto rows_of = [](const View<T>& x, Range rows) {
+    return View<T>{x.data + rows.begin * x.row_stride, rows.size(), x.cols, x.row_stride, 1};
+  };
+  in_pairs(cols, [&](Range rows, const View<T>& x, const View<T>& y) {
+    Strips<T>::blend_difference(rows_of(g, rows), factor, rows_of(other, rows), own, x, y,
+                                v == 0 ? slopes.difference : -slopes.difference, out + rows.begin * d + cols.begin, d);
   });
 }
 
@@ -153,29 +163,19 @@ template <typename T>
 void Product<T>::gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& out) const {
   run(threads_, [&](i64 t) {
     const Range mine = part(0, wide_, t, threads_);
-    const i64 width = std::min(mine.size(), kGemmCols), strip = strip_cols<T>(rows_), ld = width + 16;
+    const i64 width = std::min(mine.size(), kGemmCols), ld = width + 16;
     std::vector<Buffer<T>> rooms;
     for (const Batch<T>& side : sides_) rooms.emplace_back(side.in_place() ? 0 : rows_ * ld);
-    std::vector<T> along(strip);
+    Buffer<T> product(rows_ * ld);
     in_strips(mine, width, [&](Range panel) {
       std::vector<View<T>> z;
       for (i64 v = 0; v < views(); ++v) z.push_back(columns(v, panel, rooms[v], ld, false));
       for (i64 v = 0; v < views(); ++v) {
-        const i64 d = sides_[v].cols;
-        if (!out[v] || panel.begin >= d)
+        if (!out[v] || !z[v].cols)
           continue;
-        multiply<T>({out[v] + panel.begin, rows_, z[v].cols, d, 1}, (*grams_)[partner(v)], z[v]);
-        in_strips({panel.begin, panel.begin + z[v].cols}, strip, [&](Range cols) {
-          const Range within{cols.begin - panel.begin, cols.end - panel.begin};
-          const bool own = !slopes.diagonal.empty();
-          for (i64 j = cols.begin; own && j < cols.end; ++j) {
-            along[j - cols.begin] = static_cast<T>(slopes.diagonal[v][j] - slopes.product * diagonal(v, j));
-          }
-          const View<T>& other = z[partner(v)];
-          Strips<T>::combine(out[v] + cols.begin, d, other.data + within.begin, other.row_stride, rows_, cols.size(),
-                             slopes.product, own ? along.data() : nullptr);
-          finish(v, cols, out[v], columns_of(z[v], within), slopes);
-        });
+        const View<T> g{product, rows_, z[v].cols, ld, 1};
+        multiply<T>(g, (*grams_)[partner(v)], z[v]);
+        finish(v, clip(v, panel), g, false, z[v], z[partner(v)], slopes, out[v]);
       }
     });
   });
@@ -209,13 +209,13 @@ double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes,
   const i64 rows_fitting = std::max<i64>(kCBytes, rows_ * b.cols * i64(sizeof(T)) / 8) / (b.cols * i64(sizeof(T)));
   const i64 wanted = symmetric ? std::min(rows_fitting, a.cols / 8) : rows_fitting;
   const i64 height = std::min(a.cols, std::max<i64>(wanted / 16 * 16, 128));
-  Buffer<T> c(height * b.cols), products(height < a.cols ? threads_ * rows_ * kWideGemmCols : 0);
+  Buffer<T> c(height * b.cols), products(height < a.cols ? threads_ * rows_ * kGemmCols : 0);
   std::vector<double> sums(threads_);
   // columns `to` of an (N, D) gradient gain x w
   const auto gain = [&](i64 t, T* gradient, i64 d, Range to, const View<T>& x, const View<T>& w, bool first) {
     if (first)
       return multiply<T>({gradient + to.begin, rows_, to.size(), d, 1}, x, w);
-    T* product = products + t * rows_ * kWideGemmCols;
+    T* product = products + t * rows_ * kGemmCols;
     multiply<T>({product, rows_, to.size(), to.size(), 1}, x, w);
     tiles<T>().add(gradient + to.begin, d, product, to.size(), rows_, to.size());
   };
@@ -227,7 +227,7 @@ double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes,
       return View<T>{first, of.size(), cols.size(), all.size(), 1};
     };
     run(threads_, [&](i64 t) {
-      in_strips(part(all.begin, all.end, t, threads_), kWideGemmCols, [&](Range cols) {
+      in_strips(part(all.begin, all.end, t, threads_), kGemmCols, [&](Range cols) {
         multiply<T>(entries(rows, cols), panel.transposed(), columns_of(b, cols));
         const i64 once = symmetric ? std::clamp(rows.end, cols.begin, cols.end) : cols.end;
         for (const Range some : {Range{cols.begin, once}, Range{once, cols.end}}) {
@@ -246,7 +246,7 @@ double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes,
     if (!da || !others.size())
       return;
     run(threads_, [&](i64 t) {
-      in_strips(part(rows.begin, rows.end, t, threads_), kWideGemmCols, [&](Range mine) {
+      in_strips(part(rows.begin, rows.end, t, threads_), kGemmCols, [&](Range mine) {
         gain(t, da, a.cols, mine, columns_of(b, others), entries(mine, others).transposed(), !symmetric);
       });
     });
@@ -271,8 +271,11 @@ double Product<T>::norm(const Slopes<T>& slopes, const std::vector<T*>& out) con
       in_strips(part(0, wide_, t, threads_), strip_cols<T>(rows_), [&](Range cols) {
         for (i64 v = 0; v < views(); ++v) {
           const Range within = clip(v, cols);
-          if (out[v] && within.size())
-            finish(v, within, out[v], columns_of(treated_[v], within), slopes);
+          if (!out[v] || !within.size() || !(with_distance_ || sides_[v].treatment == Columns::kStandardized))
+            continue;
+          const View<T> z = columns_of(treated_[v], within),
+                        g{out[v] + within.begin, rows_, within.size(), sides_[v].cols, 1};
+          finish(v, within, g, true, z, z, slopes, out[v]);
         }
       });
     });

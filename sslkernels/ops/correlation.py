@@ -45,9 +45,9 @@ def standardize(x: Tensor, eps: float = 1e-5, *, unbiased: bool = False) -> Tens
         True
     """
     check.features(x=x)
-    check.positive("eps", eps)
+    check.positive("eps", _plain("eps", eps))
     _rows("x", x, 2 if unbiased else 1, " for unbiased=True" if unbiased else "")
-    return op.standard(x, eps, unbiased)[0]
+    return op.standard(x, float(eps), unbiased)[0]
 
 
 def product_frobenius(a: Tensor, b: Tensor | None = None, *, off_diagonal: bool = False) -> Tensor:
