@@ -60,6 +60,13 @@ def _clip_vit(patch_size: tuple[int, ...], weight_init: str = "normal") -> Visio
 _DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
 _CLIPS: dict[str, Any] = {"data": "clips", "batch": "clips", "standardize": True, "lr": 3e-3, "batch_size": 32}
 _PHOTOGRAPHS: dict[str, Any] = {"data": "photographs", "batch": "images", "standardize": True}
+_PHOTO_CROPS: dict[str, Any] = {**_PHOTOGRAPHS, "batch": "crops", "batch_size": 16}
+
+
+def _head(bottleneck_dim: int, **options: Any) -> dict[str, Any]:
+    """With batch norm: without it the rows of a small untrained network are so alike that a teacher soon centres all
+    of it away."""
+    return {"hidden_dim": 128, "bottleneck_dim": bottleneck_dim, "use_bn": True, **options}
 
 
 def _teacher(steps: int) -> float:
@@ -84,6 +91,43 @@ PRESETS: dict[str, Preset] = {
         batch="crops",
         batch_size=64,
         lr=4e-3,
+    ),
+    "dino": Preset(
+        lambda steps: methods.DINO(
+            _cnn(),
+            out_dim=256,
+            head_options=_head(64),
+            teacher_temp=0.02,
+            warmup_teacher_temp=0.02,
+            momentum=0.95,
+            total_steps=steps,
+        ),
+        batch="crops",
+        batch_size=64,
+    ),
+    "ibot": Preset(
+        lambda steps: methods.IBOT(
+            _vit(weight_init="glorot"),
+            out_dim=256,
+            head_options=_head(32),
+            patch_temp=0.04,
+            momentum=0.95,
+            total_steps=steps,
+        ),
+        **_PHOTO_CROPS,
+        lr=1e-3,
+    ),
+    "dinov2": Preset(
+        lambda steps: methods.DINOv2(
+            _vit(weight_init="glorot"),
+            out_dim=256,
+            head_options=_head(32, norm_last_layer=True),
+            teacher_temp=0.04,
+            momentum=0.95,
+            total_steps=steps,
+            centering="sinkhorn_knopp",
+        ),
+        **_PHOTO_CROPS,
     ),
     "mae": Preset(
         lambda steps: methods.MAE(_digit_vit("glorot"), decoder_dim=32, decoder_depth=1, decoder_heads=4),

@@ -5,6 +5,9 @@ from sslkernels.methods.barlow_twins import BarlowTwins
 from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
 from sslkernels.methods.data2vec import Data2Vec
+from sslkernels.methods.dino import DINO
+from sslkernels.methods.dinov2 import DINOv2
+from sslkernels.methods.ibot import IBOT
 from sslkernels.methods.ijepa import IJEPA
 from sslkernels.methods.mae import MAE
 from sslkernels.methods.moco import MoCo
@@ -20,10 +23,13 @@ from sslkernels.methods.vjepa import VJEPA
 __all__ = [
     "BYOL",
     "CLIP",
+    "DINO",
+    "IBOT",
     "IJEPA",
     "MAE",
     "VJEPA",
     "BarlowTwins",
+    "DINOv2",
     "Data2Vec",
     "MoCo",
     "SigLIP",
