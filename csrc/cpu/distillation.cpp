@@ -82,7 +82,7 @@ Views::Views(const std::vector<Tensor>& xs) {
   for (const Tensor& x : xs) {
     const i64 d = x.dim() - 2, bytes = static_cast<i64>(x.element_size());
     for (i64 view = 0; view < (d ? x.size(0) : 1); ++view) {
-      char* data = static_cast<char*>(x.mutable_data_ptr()) + (d ? view * x.stride(0) * bytes : 0);
+      char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr())) + (d ? view * x.stride(0) * bytes : 0);
       views_.push_back({data, x.stride(d) * bytes, x.stride(d + 1), kind(x)});
     }
     batch = x.size(d);

@@ -63,7 +63,8 @@ def soft_cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices other than above; no pair of different views; inplace with
-            reduction="none", with a leaf that requires a gradient, or with logits that overlap in memory.
+            reduction="none", with a leaf that requires a gradient, or with logits that share memory with each other or
+            with the teacher.
 
     Example:
         >>> student, teacher = torch.randn(10, 4, 512, requires_grad=True), torch.randn(2, 4, 512)
@@ -98,7 +99,7 @@ def soft_cross_entropy(
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in s]
         overwrite = inplace and any(wanted) and not torch.compiler.is_compiling()
         if overwrite:
-            _check_overwritable(s, wanted)
+            _check_overwritable(s, wanted, t)
         total = op.total_in_place if overwrite else op.total
         loss, mean, *_ = total(s, *options, reduction == "mean", [*wanted, return_center])
     return (loss, mean) if return_center else loss
@@ -194,14 +195,29 @@ def _center(center: Any, teacher: Sequence[Tensor]) -> Tensor | None:
     return center.detach().reshape(-1, center.shape[-1])
 
 
-def _check_overwritable(student: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+def _check_overwritable(student: Sequence[Tensor], wanted: Sequence[bool], teacher: Sequence[Tensor]) -> None:
     """The gradient may take the place of these logits, as far as can be seen."""
+    read = [_span(x) for x in teacher if _has_memory(x)]
     seen = set()
-    for i, (x, w) in enumerate(zip(student, wanted)):
+    for i, x in enumerate(student):
         name = f"student[{i}]" if len(student) > 1 else "student"
-        if w and x.is_leaf:
+        if not wanted[i]:
+            continue
+        if x.is_leaf:
             raise ValueError(f"inplace needs logits that a layer has made, but {name} is a leaf that requires grad")
-        expanded = any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride()))
-        if w and (expanded or x.data_ptr() in seen):
+        overlaps = any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride()))
+        if _has_memory(x):
+            start, end = _span(x)
+            overlaps |= start in seen or any(start < last and first < end for first, last in read)
+            seen.add(start)
+        if overlaps:
             raise ValueError(f"inplace needs logits with memory of their own, but {name} overlaps in memory")
-        seen.add(x.data_ptr())
+
+
+def _has_memory(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" and x.numel() > 0
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()

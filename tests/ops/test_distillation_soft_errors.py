@@ -111,6 +111,13 @@ def test_in_place_of_one_tensor_twice() -> None:
         ops.soft_cross_entropy([logits, logits], TEACHER, inplace=True)
 
 
+def test_in_place_of_what_the_teacher_reads() -> None:
+    logits = LEAF * 1
+    with pytest.raises(ValueError, match="but student overlaps in memory"):
+        ops.soft_cross_entropy(logits, logits.detach()[:2], inplace=True)
+    ops.soft_cross_entropy(logits[:2], logits.detach()[2:], inplace=True).backward()  # beside it
+
+
 REFUSED_TEACHER: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "logits is a list": ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor, got list"),
     "logits of integers": ({"logits": TEACHER.long()}, TypeError, "logits must be float32, float64, bfloat16 or"),
