@@ -106,24 +106,20 @@ class Sinkhorn {
     }
   }
 
-  // A row is written while the next one is computed, so that neither waits for the other.
   void codes(const T* c, T* out) const {
     const i64 k = x_.cols;
     run(threads_, [&](i64 t) {
-      Buffer<T> weights(k), scratch(kPiece);
       const Range mine = rows_of(t, threads_);
-      T inverse = 0;
-      for (i64 b = mine.begin; b < mine.end; ++b) {
-        T* before = b > mine.begin ? out + (b - 1) * k : nullptr;
-        const double sum = pieces(b, scratch, [&](const T* x, i64 at, i64 n) {
-          if (!before)
-            return SSLKERNELS_AT_LEVEL(weigh<T>(x, c + at, n, rate_, T(0), weights + at));
-          return SSLKERNELS_AT_LEVEL(write_and_weigh<T>(x, c + at, n, rate_, weights + at, inverse, before + at));
-        });
-        inverse = inverse_of(sum, b, c, scratch, weights);
-      }
-      if (mine.size())
-        tiles<T>().scale_rows(out + (mine.end - 1) * k, 0, weights, 0, &inverse, 1, k);
+      visit(
+          mine, c,
+          [&](i64 row, const T* weights, T inverse) {
+            tiles<T>().scale_rows(out + row * k, 0, weights, 0, &inverse, 1, k);
+          },
+          [&](const T* x, i64 ld, i64 row, i64 count, i64 at, i64 n, T* weights, const T* inverse, T* sums) {
+            // there is nothing before the first rows: what is written then is written over
+            T* before = out + std::max(row - kRowsShared, mine.begin) * k + at;
+            SSLKERNELS_AT_LEVEL(write_and_weigh<T>(x, ld, count, c + at, n, rate_, weights, k, inverse, before, sums));
+          });
     });
   }
 
@@ -150,36 +146,50 @@ class Sinkhorn {
     });
   }
 
-  // total_k = sum over `rows` of e_bk / Z_b, a few rows at a time. What they add is known at their end, and joins on
-  // the visit of the next ones.
+  // total_k = sum over `rows` of e_bk / Z_b
   void share(Range rows, const T* c, T* total) const {
     const i64 k = x_.cols;
-    Buffer<T> weights(kRowsShared * k), recent(k), scratch(kRowsShared * kPiece);
-    std::fill_n(static_cast<T*>(weights), kRowsShared * k, T(0));
+    Buffer<T> recent(k);
     std::fill_n(static_cast<T*>(recent), k, T(0));
     std::fill_n(total, k, T(0));
+    visit(
+        rows, c, [&](i64, const T* weights, T inverse) { tiles<T>().axpy(recent, inverse, weights, k); },
+        [&](const T* x, i64 ld, i64 row, i64 count, i64 at, i64 n, T* weights, const T* inverse, T* sums) {
+          if ((row - rows.begin) % kRowsTogether == 0)
+            SSLKERNELS_AT_LEVEL(move_sums<T>(n, recent + at, total + at));
+          SSLKERNELS_AT_LEVEL(
+              share_and_weigh<T>(x, ld, count, c + at, n, rate_, weights, k, inverse, recent + at, sums));
+        });
+    SSLKERNELS_AT_LEVEL(move_sums<T>(k, recent, total));
+  }
+
+  // Visits rows side by side, a piece of columns at a time: step(x, ld, first row, count, first column, columns,
+  // weights, inverse, sums) makes the weights e_bk of this piece, and their sums. Z_b is known at the end of a row, so
+  // the step also does with the weights that it overwrites, and `inverse` = 1 / Z_b of those rows, what is to be done;
+  // for the last rows leave(row, weights, 1 / Z_b) does.
+  template <typename Leave, typename Step>
+  void visit(Range rows, const T* c, const Leave& leave, const Step& step) const {
+    const i64 k = x_.cols;
+    Buffer<T> weights(kRowsShared * k), scratch(kRowsShared * kPiece);
+    std::fill_n(static_cast<T*>(weights), kRowsShared * k, T(0));
     T inverse[kRowsShared] = {};
-    i64 pending = 0;
+    i64 before = 0;  // rows whose weights wait
     for (i64 b = rows.begin; b < rows.end; b += kRowsShared) {
       const i64 count = std::min(kRowsShared, rows.end - b);
-      for (i64 i = count; i < pending; ++i) tiles<T>().axpy(recent, inverse[i], weights + i * k, k);
+      for (i64 i = count; i < before; ++i) leave(b - before + i, weights + i * k, inverse[i]);
       double sum[kRowsShared] = {};
       for (i64 at = 0; at < k; at += kPiece) {
         const i64 n = std::min(kPiece, k - at);
         i64 ld;
         T sums[kRowsShared];
         const T* x = x_.fetch(b, count, at, n, scratch, &ld);
-        SSLKERNELS_AT_LEVEL(
-            share_and_weigh<T>(x, ld, count, c + at, n, rate_, weights + at, k, inverse, recent + at, sums));
+        step(x, ld, b, count, at, n, weights + at, inverse, sums);
         for (i64 i = 0; i < count; ++i) sum[i] += sums[i];
       }
       for (i64 i = 0; i < count; ++i) inverse[i] = inverse_of(sum[i], b + i, c, scratch, weights + i * k);
-      pending = count;
-      if ((b - rows.begin) % kRowsTogether == kRowsTogether - kRowsShared)
-        SSLKERNELS_AT_LEVEL(move_sums<T>(k, recent, total));
+      before = count;
     }
-    for (i64 i = 0; i < pending; ++i) tiles<T>().axpy(recent, inverse[i], weights + i * k, k);
-    SSLKERNELS_AT_LEVEL(move_sums<T>(k, recent, total));
+    for (i64 i = 0; i < before; ++i) leave(rows.end - before + i, weights + i * k, inverse[i]);
   }
 
   // 1 / sum of the weights of row b, made again relative to the largest of them where exp has left its range

@@ -115,18 +115,44 @@ LEAF void share_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, 
   }
 }
 
-// out_j = inverse e_j, the row before; then e_j as above for this row, and its sum
-template <typename T>
-LEAF T write_and_weigh(const T* x, const T* center, i64 n, const Rate<T>& rate, T* e, T inverse, T* out) {
-  T s = 0;
-#pragma omp simd reduction(+ : s)
+// out_ij = inverse_i e_ij, of the rows before; then e_ij as above for `count` rows of x, and its sums
+template <i64 count, typename T>
+INLINE void write_and_weigh(const T* x, i64 ld, const T* center, i64 n, const Rate<T>& rate, T* e, i64 lde,
+                            const T* inverse, T* out, T* sum) {
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
   for (i64 j = 0; j < n; ++j) {
-    out[j] = inverse * e[j];
-    const T v = vanishing_decay(x[j] - center[j], rate);
-    e[j] = v;
-    s += v;
+    const T c = center[j];
+    T v[kRowsShared] = {0, 0, 0, 0};
+    for (i64 i = 0; i < count; ++i) {
+      out[i * lde + j] = inverse[i] * e[i * lde + j];
+      v[i] = vanishing_decay(x[i * ld + j] - c, rate);
+      e[i * lde + j] = v[i];
+    }
+    s0 += v[0];
+    s1 += v[1];
+    s2 += v[2];
+    s3 += v[3];
   }
-  return s;
+  sum[0] = s0;
+  sum[1] = s1;
+  sum[2] = s2;
+  sum[3] = s3;
+}
+
+template <typename T>
+LEAF void write_and_weigh(const T* x, i64 ld, i64 rows, const T* center, i64 n, const Rate<T>& rate, T* e, i64 lde,
+                          const T* inverse, T* out, T* sum) {
+  switch (rows) {
+    case 4:
+      return write_and_weigh<4>(x, ld, center, n, rate, e, lde, inverse, out, sum);
+    case 3:
+      return write_and_weigh<3>(x, ld, center, n, rate, e, lde, inverse, out, sum);
+    case 2:
+      return write_and_weigh<2>(x, ld, center, n, rate, e, lde, inverse, out, sum);
+    default:
+      return write_and_weigh<1>(x, ld, center, n, rate, e, lde, inverse, out, sum);
+  }
 }
 
 template <typename T>
