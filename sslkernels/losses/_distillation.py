@@ -26,6 +26,7 @@ def dino_loss(
     weight: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     return_center: bool = False,
+    inplace: bool = False,
 ) -> Any:
     """Cross-entropy of each student view with each other teacher view of the sample.
 
@@ -46,6 +47,8 @@ def dino_loss(
             if it requires one.
         teacher_weight: those of the teacher; weight if not given.
         return_center: return (loss, mean of the teacher's logits (V,)), which is what updates a centre.
+        inplace: write the gradient over the student's logits, as `soft_cross_entropy` does: for those of a linear layer
+            that nobody reads again. Not with weight.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; a single row of views (B, V); one view of each, which
@@ -60,9 +63,16 @@ def dino_loss(
     views = [count_views(name, x) for name, x in (("teacher_out", teacher_out), ("student_out", student_out))]
     if views == [1, 1]:
         raise ValueError("student_out must have at least two views, or teacher_out: a view is not compared with itself")
-    temperatures = {"teacher_temp": teacher_temp, "student_temp": student_temp}
     return _cross_entropy(
-        teacher_out, student_out, center, weight, teacher_weight, return_center=return_center, **temperatures
+        teacher_out,
+        student_out,
+        center,
+        weight,
+        teacher_weight,
+        inplace,
+        teacher_temp=teacher_temp,
+        student_temp=student_temp,
+        return_center=return_center,
     )
 
 
@@ -77,6 +87,7 @@ def ibot_patch_loss(
     weight: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     return_center: bool = False,
+    inplace: bool = False,
 ) -> Any:
     """Cross-entropy of the masked tokens of the student with the same tokens of the teacher.
 
@@ -90,7 +101,7 @@ def ibot_patch_loss(
     Args:
         teacher_out, student_out: (N, V), the N masked tokens in the order of mask.
         mask: (B, ...) bool, such as (B, H, W), with N true.
-        center, weight, teacher_weight, return_center: as in `dino_loss`; the mean is over the given tokens.
+        center, weight, teacher_weight, return_center, inplace: as in `dino_loss`; the mean is over the given tokens.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no image; a mask that does not have N true (on another
@@ -114,6 +125,7 @@ def ibot_patch_loss(
         center,
         weight,
         teacher_weight,
+        inplace,
         teacher_temp=teacher_temp,
         student_temp=student_temp,
         row_weight=_token_weights(mask, student_out),
@@ -201,13 +213,16 @@ def _cross_entropy(
     center: Tensor | None,
     weight: Tensor | None,
     teacher_weight: Tensor | None,
+    inplace: bool,
     **options: Any,
 ) -> Any:
     """Of logits, or where the prototypes are given of hidden rows."""
     if weight is None:
         if teacher_weight is not None:
             raise ValueError("teacher_weight must not be given without weight")
-        return soft_cross_entropy(student, teacher, center, **options)
+        return soft_cross_entropy(student, teacher, center, inplace=inplace, **options)
+    if inplace:
+        raise ValueError("inplace must be False with weight: there are no logits to write over")
     return linear_soft_cross_entropy(student, weight, teacher, teacher_weight, center, **options)
 
 

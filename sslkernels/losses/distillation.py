@@ -40,9 +40,9 @@ class DINOLoss(nn.Module):
         center_mode: "mean", or "sinkhorn_knopp": DINOv2's option, whose centre balances the prototypes over this
             batch's teacher rows of all views, in three iterations; the buffer then stays as it is.
 
-    `forward(teacher_out, student_out, teacher_temp=None, epoch=None, *, weight=None, teacher_weight=None)` takes what
-    `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp" the teacher's logits are
-    stored, since each iteration reads them; the student's are not.
+    `forward(teacher_out, student_out, teacher_temp=None, epoch=None, *, weight=None, teacher_weight=None,
+    inplace=False)` takes what `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp" the
+    teacher's logits are stored, since each iteration reads them; the student's are not.
 
     Unlike lightly's, the centre is that of the own process: nothing is reduced over processes.
 
@@ -83,9 +83,11 @@ class DINOLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         teacher_weight: Tensor | None = None,
+        inplace: bool = False,
     ) -> Tensor:
         temperature = self.temperature(epoch) if teacher_temp is None else teacher_temp
-        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "student_temp": self.student_temp}
+        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "inplace": inplace}
+        call["student_temp"] = self.student_temp
         if self.center_mode == "mean":
             loss, mean = dino_loss(teacher_out, student_out, self.center, temperature, return_center=True, **call)
             _move(self.center, mean, self.center_momentum)
@@ -131,7 +133,8 @@ class IBOTPatchLoss(nn.Module):
         center_mode: "mean", or "sinkhorn_knopp" over the masked tokens, as in `DINOLoss`.
         center_momentum: of the centre.
 
-    `forward(teacher_out, student_out, mask, teacher_temp=None, *, weight=None, teacher_weight=None, center_mean=None)`.
+    `forward(teacher_out, student_out, mask, teacher_temp=None, *, weight=None, teacher_weight=None, center_mean=None,
+    inplace=False)`.
 
     Example:
         >>> mask = torch.rand(4, 7, 7) < 0.3
@@ -163,9 +166,11 @@ class IBOTPatchLoss(nn.Module):
         weight: Tensor | None = None,
         teacher_weight: Tensor | None = None,
         center_mean: Tensor | None = None,
+        inplace: bool = False,
     ) -> Tensor:
         temperature, center = self.teacher_temp if teacher_temp is None else teacher_temp, self.center.center
-        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "student_temp": self.student_temp}
+        call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "inplace": inplace}
+        call["student_temp"] = self.student_temp
         if self.center_mode == "sinkhorn_knopp":
             if center_mean is not None:
                 raise ValueError("center_mean must not be given with center_mode='sinkhorn_knopp'")

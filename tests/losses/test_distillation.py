@@ -307,6 +307,22 @@ def test_compiled_with_the_step_of_the_centre(name: str) -> None:
             assert x.any() == ("sinkhorn" not in name)
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "SwaVLoss"])
+def test_gradient_in_the_place_of_the_logits(name: str) -> None:
+    """The same gradient, in memory that the student's logits had."""
+    module, (teacher, student, *rest) = MODULES[name]()
+    layer = nn.Linear(V, V)
+    inputs = student if isinstance(student, list) else [student]
+    gradients = []
+    for inplace in (False, True):
+        logits = [layer(x) for x in inputs]
+        before = [x.detach().clone() for x in logits]
+        loss = copy.deepcopy(module)(teacher, logits if student is inputs else logits[0], *rest, inplace=inplace)
+        assert all(torch.equal(x, y) != inplace for x, y in zip(logits, before))
+        gradients.append(torch.autograd.grad(loss, [*inputs, *layer.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("layer", [False, True], ids=["logits", "hidden rows"])
 def test_compiled_through_backward(layer: bool) -> None:
     torch.compiler.reset()
@@ -415,6 +431,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integers": (lambda: dino_loss(T, S.long()), TypeError, "student_out must be float32, float64, bfloat16 or"),
     "other prototypes": (lambda: DINOLoss(V + 1)(T, S), ValueError, "center must have shape"),
     "teacher's layer alone": (lambda: dino_loss(T, S, teacher_weight=T[0]), ValueError, "teacher_weight must not be"),
+    "no logits to write over": (
+        lambda: dino_loss(T, S, weight=torch.randn(9, V), inplace=True),
+        ValueError,
+        "inplace must be False with weight",
+    ),
     "center_mode": (lambda: DINOLoss(V, center_mode="max"), ValueError, "center_mode must be one of 'mean', 'sink"),
     "output_dim": (lambda: DINOLoss(0), ValueError, "output_dim must be at least 1, got 0"),
     "momentum": (lambda: IBOTPatchLoss(V, center_momentum=1.5), ValueError, "center_momentum must be in [0.0, 1.0)"),
