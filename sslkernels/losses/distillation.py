@@ -41,8 +41,8 @@ class DINOLoss(nn.Module):
             batch's teacher rows of all views, in three iterations; the buffer then stays as it is.
 
     `forward(teacher_out, student_out, teacher_temp=None, epoch=None, *, weight=None, teacher_weight=None,
-    inplace=False)` takes what `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp" the
-    teacher's logits are stored, since each iteration reads them; the student's are not.
+    inplace=False)` takes what `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp"
+    the teacher's logits are stored, since each iteration reads them; the student's are not.
 
     Unlike lightly's, the centre is that of the own process: nothing is reduced over processes.
 
