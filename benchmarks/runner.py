@@ -25,7 +25,7 @@ REGIMES = {
     "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
     "default": {},
 }
-FEW = 5  # rounds of a slow case under default malloc, where no goal is judged
+FEW = 3  # rounds of a slow case under default malloc, where no goal is judged
 FORM = 1  # of the results file; one of another form is measured anew
 RESULTS = machine.ROOT / "benchmarks" / "results"
 Say = Callable[[str], None]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Goal, Inputs, faster, memory, within
+from benchmarks.case import Case, Contender, Inputs, faster, memory, within
 from benchmarks.contenders import distillation as contenders
 from benchmarks.floors import Copy, Gemms
 from benchmarks.formulas import distillation as formulas
@@ -96,20 +96,19 @@ def swav_inputs(generator: torch.Generator, B: int, K: int) -> Inputs:
     return {"scores": scores, "crops": SWAV_CROPS, "tau": 0.1, **SINKHORN}
 
 
-def dino(B: int, *goals: Goal) -> Case:
+def dino(B: int, forms: tuple[Contender, ...]) -> Case:
     return Case(
-        f"dino-{B}", "soft_cross_entropy", {"B": B, "V": 65536}, dino_inputs, contenders.DINO,
-        eager=("dino", "lightly"), formula=formulas.dino, floor=Copy(dino_bytes), goals=goals,
-        variant="DINO, 2 x 10 views",
+        f"dino-{B}", "soft_cross_entropy", {"B": B, "V": 65536}, dino_inputs, forms,
+        eager=("dino", "lightly"), formula=formulas.dino, floor=Copy(dino_bytes), variant="DINO, 2 x 10 views",
+        goals=(faster("dino", 9), faster("lightly", 7), faster("lean", 4), within("copy", 1.9)),
     )  # fmt: skip
 
 
-DINO_GOALS = (faster("dino", 9), faster("lightly", 7), faster("lean", 4), within("copy", 1.9))
 LINEAR = {"B": 64, "V": 65536, "D": 256}
 FUSED = "matmul+sslkernels"
 CASES = (
-    dino(32, *DINO_GOALS),
-    dino(64, *DINO_GOALS),
+    dino(32, contenders.DINO),
+    dino(64, contenders.DINO_COMPILED),
     Case(
         "linear_dino", "linear_soft_cross_entropy", LINEAR, trainable_inputs, contenders.LINEAR,
         eager=("dino",), formula=formulas.linear_dino, floor=Gemms(logits, 3), variant="DINO, 2 x 10 views",

@@ -352,6 +352,9 @@ DINO = (
         limit=1e-3,  # one float32 sum over batch and prototypes
     ),
     Contender("lean", lean_dino, LEAN),
+)
+DINO_COMPILED = (
+    *DINO,
     ORIGINAL_DINO.compiled(),
     Contender("lean+compile", lean_dino_autograd, f"compiled: {LEAN}, backward by autograd", compile=True),
 )
