@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
         lambda steps: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps), lr=4e-3
     ),
     "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
-    "barlowtwins": Preset(lambda steps: methods.BarlowTwins(_cnn(), dim=512, hidden_dim=256), lr=4e-3),
+    "barlow_twins": Preset(lambda steps: methods.BarlowTwins(_cnn(), dim=512, hidden_dim=256), lr=4e-3),
     "vicreg": Preset(lambda steps: methods.VICReg(_cnn(), dim=256, hidden_dim=256), lr=4e-3),
     "swav": Preset(
         lambda steps: methods.SwAV(_cnn(), dim=64, hidden_dim=256, prototypes=300, freeze_prototypes_steps=steps // 10),

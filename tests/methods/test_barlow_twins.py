@@ -54,7 +54,7 @@ def test_projector_is_the_originals():
 
 def test_the_two_views_come_to_correlate(trained):
     """Each feature agrees with itself in the other view, and little with the other features."""
-    run = trained("barlowtwins").run
+    run = trained("barlow_twins").run
     with torch.no_grad():
         z0, z1 = (run.method.projector(run.method.backbone(view)) for view in run.batch(512))
     z0, z1 = ((z - z.mean(0)) / z.std(0, correction=0) for z in (z0, z1))
