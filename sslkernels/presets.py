@@ -113,9 +113,9 @@ PRESETS: dict[str, Preset] = {
             patch_temp=0.04,
             momentum=0.95,
             total_steps=steps,
+            center_mode="sinkhorn_knopp",  # moving centers learn less in as many steps
         ),
         **_PHOTO_CROPS,
-        lr=1e-3,
     ),
     "dinov2": Preset(
         lambda steps: methods.DINOv2(
