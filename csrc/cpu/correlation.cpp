@@ -43,11 +43,11 @@ std::tuple<Tensor, Tensor, Tensor> product_frobenius(const Tensor& a, const Opti
     std::vector<Batch<T>> sides{Batch<T>(a)};
     if (b)
       sides.emplace_back(*b);
-    const Product<T> product(std::move(sides), b.has_value(), !off_diagonal, false);
+    const Product<T> product(std::move(sides), b.has_value(), !off_diagonal, false, gradients.out);
     Slopes<T> slopes{b ? T(2) : T(4), {}, T(0)};
     if (off_diagonal)
       slopes.diagonal.assign(b ? 2 : 1, std::vector<T>(a.size(1), T(0)));
-    return results(product.norm(slopes, gradients.out), gradients);
+    return results(product.norm(slopes), gradients);
   });
 }
 
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> two_view_correlation(const Tensor& x, const T
     const double n = static_cast<double>(x.size(0));
     const Product<T> product({Batch<T>(x, Columns::kStandardized, eps, false),  //
                               Batch<T>(y, Columns::kStandardized, eps, false)},
-                             true, false, false);
+                             true, false, false, gradients.out);
     std::vector<T> diagonal(d);
     double value = 0;
     for (i64 j = 0; j < d; ++j) {
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> two_view_correlation(const Tensor& x, const T
       diagonal[j] = static_cast<T>(-2 * away / n);
     }
     const Slopes<T> slopes{static_cast<T>(2 * lambda / (n * n)), {diagonal, diagonal}, T(0)};
-    return results(value + lambda * product.norm(slopes, gradients.out) / (n * n), gradients);
+    return results(value + lambda * product.norm(slopes) / (n * n), gradients);
   });
 }
 
@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> two_view_covariance(const Tensor& x, const Te
     const Gradients<T> gradients(x, y, wanted);
     const i64 d = x.size(1);
     const double n = static_cast<double>(x.size(0)), degrees = n - 1, wide = static_cast<double>(d);
-    const Product<T> product({Batch<T>(x, Columns::kCentered), Batch<T>(y, Columns::kCentered)}, false, false, true);
+    const Product<T> product({Batch<T>(x, Columns::kCentered), Batch<T>(y, Columns::kCentered)}, false, false, true,
+                             gradients.out);
     Slopes<T> slopes{
         static_cast<T>(4 * weights[2] / (wide * degrees * degrees)), {}, static_cast<T>(2 * weights[0] / (n * wide))};
     double value = weights[0] * product.distance() / (n * wide);
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> two_view_covariance(const Tensor& x, const Te
       }
       slopes.diagonal.push_back(std::move(diagonal));
     }
-    return results(value + weights[2] * product.norm(slopes, gradients.out) / (wide * degrees * degrees), gradients);
+    return results(value + weights[2] * product.norm(slopes) / (wide * degrees * degrees), gradients);
   });
 }
 

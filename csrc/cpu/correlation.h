@@ -122,15 +122,16 @@ template <typename T>
 class Product {
  public:
   // whole: the norm is of all of C, else of what is not on its diagonal. distance: sum (x - y)^2 is found as well.
-  Product(std::vector<Batch<T>> sides, bool cross, bool whole, bool distance);
+  // Gradients of the sides go into what is not null of `out`, (N, D) dense.
+  Product(std::vector<Batch<T>> sides, bool cross, bool whole, bool distance, std::vector<T*> out);
 
   // C_jj of a side; not found for the whole norm.
   double diagonal(i64 v, i64 j) const { return diagonal_[cross_ ? 0 : v][j]; }
   double distance() const;
   const Batch<T>& side(i64 v) const { return sides_[v]; }
 
-  // The squared norm, summed over the sides; gradients of the sides into what is not null, (N, D) dense.
-  double norm(const Slopes<T>& slopes, const std::vector<T*>& out) const;
+  // The squared norm, summed over the sides, and the gradients. Once.
+  double norm(const Slopes<T>& slopes) const;
 
  private:
   i64 views() const { return static_cast<i64>(sides_.size()); }
@@ -141,14 +142,15 @@ class Product {
   template <typename F>
   void in_pairs(Range cols, const F& f) const;
   void finish(i64 v, Range cols, const View<T>& g, bool complete, const View<T>& z, const View<T>& other,
-              const Slopes<T>& slopes, T* out) const;
+              const Slopes<T>& slopes) const;
   void measure_grams();
-  void gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& out) const;
+  void gram_gradients(const Slopes<T>& slopes) const;
   void treat_features(bool measure);
-  double feature_product(i64 left, i64 right, const Slopes<T>& slopes, const std::vector<T*>& out) const;
+  double feature_product(i64 left, i64 right, const Slopes<T>& slopes) const;
 
   std::vector<Batch<T>> sides_;
   bool cross_, whole_, with_distance_;
+  std::vector<T*> out_;
   i64 rows_, wide_, threads_;
   std::vector<std::vector<double>> diagonal_;
   std::vector<double> distances_;  // of each thread

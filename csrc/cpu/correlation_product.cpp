@@ -6,10 +6,10 @@ namespace sslkernels {
 
 namespace {
 
-constexpr i64 kStripBytes = i64(1) << 20;  // columns that several passes find in the cache
-constexpr i64 kPanelBytes = i64(8) << 20;  // columns of a view, multiplied at once in Gram space
-constexpr i64 kCBytes = i64(16) << 20;     // rows of C, computed at once in feature space
-constexpr i64 kGemmCols = 512;             // that a thread multiplies at once
+constexpr i64 kStripBytes = i64(1) << 20;                  // columns that several passes find in the cache
+constexpr i64 kPanelBytes = i64(8) << 20;                  // columns of a view, multiplied at once in Gram space
+constexpr i64 kCBytes = i64(16) << 20;                     // rows of C, computed at once in feature space
+constexpr i64 kGemmCols = 512, kGemmBytes = i64(3) << 20;  // columns that a thread multiplies at once
 
 // ||a^T b||^2 = <a a^T, b b^T>. With symmetric halves that is N^2 (D + E) multiplications where C takes N D E, and the
 // gradients' products scale alike. Here N <= D / 2 for D = E, so that at most half of the norm of uncorrelated columns
@@ -21,6 +21,11 @@ double flops(i64 n, i64 d, i64 e) { return gram_space(n, d, e) ? 3.0 * n * n * (
 template <typename T>
 i64 strip_cols(i64 rows) {
   return std::clamp<i64>(kStripBytes / std::max<i64>(1, rows * i64(sizeof(T))) / 16 * 16, 16, 256);
+}
+
+template <typename T>
+i64 gemm_cols(i64 rows) {
+  return std::clamp<i64>(kGemmBytes / std::max<i64>(1, rows * i64(sizeof(T))) / 16 * 16, 128, kGemmCols);
 }
 
 // f(cols) for the range in pieces of `step`
@@ -37,8 +42,13 @@ View<T> columns_of(const View<T>& z, Range cols) {
 }  // namespace
 
 template <typename T>
-Product<T>::Product(std::vector<Batch<T>> sides, bool cross, bool whole, bool distance)
-    : sides_(std::move(sides)), cross_(cross), whole_(whole), with_distance_(distance), rows_(sides_[0].rows) {
+Product<T>::Product(std::vector<Batch<T>> sides, bool cross, bool whole, bool distance, std::vector<T*> out)
+    : sides_(std::move(sides)),
+      cross_(cross),
+      whole_(whole),
+      with_distance_(distance),
+      out_(std::move(out)),
+      rows_(sides_[0].rows) {
   const i64 d = sides_.front().cols, e = sides_.back().cols;
   wide_ = std::max(d, e);
   threads_ = useful_threads(flops(rows_, d, e));
@@ -105,8 +115,9 @@ void Product<T>::in_pairs(Range cols, const F& f) const {
 // and without what comes through C's diagonal.
 template <typename T>
 void Product<T>::finish(i64 v, Range cols, const View<T>& g, bool complete, const View<T>& z, const View<T>& other,
-                        const Slopes<T>& slopes, T* out) const {
+                        const Slopes<T>& slopes) const {
   const i64 n = cols.size(), d = sides_[v].cols;
+  T* out = out_[v];
   const T factor = complete ? T(1) : slopes.product;
   const bool add = !complete && !whole_;
   const double* dots = add ? &diagonal_[cross_ ? 0 : v][cols.begin] : nullptr;
@@ -160,10 +171,10 @@ void Product<T>::measure_grams() {
 }
 
 template <typename T>
-void Product<T>::gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& out) const {
+void Product<T>::gram_gradients(const Slopes<T>& slopes) const {
   run(threads_, [&](i64 t) {
     const Range mine = part(0, wide_, t, threads_);
-    const i64 width = std::min(mine.size(), kGemmCols), ld = width + 16;
+    const i64 width = std::min(mine.size(), gemm_cols<T>(rows_)), ld = width + 16;
     std::vector<Buffer<T>> rooms;
     for (const Batch<T>& side : sides_) rooms.emplace_back(side.in_place() ? 0 : rows_ * ld);
     Buffer<T> product(rows_ * ld);
@@ -171,11 +182,11 @@ void Product<T>::gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& 
       std::vector<View<T>> z;
       for (i64 v = 0; v < views(); ++v) z.push_back(columns(v, panel, rooms[v], ld, false));
       for (i64 v = 0; v < views(); ++v) {
-        if (!out[v] || !z[v].cols)
+        if (!out_[v] || !z[v].cols)
           continue;
         const View<T> g{product, rows_, z[v].cols, ld, 1};
         multiply<T>(g, (*grams_)[partner(v)], z[v]);
-        finish(v, clip(v, panel), g, false, z[v], z[partner(v)], slopes, out[v]);
+        finish(v, clip(v, panel), g, false, z[v], z[partner(v)], slopes);
       }
     });
   });
@@ -184,15 +195,20 @@ void Product<T>::gram_gradients(const Slopes<T>& slopes, const std::vector<T*>& 
 template <typename T>
 void Product<T>::treat_features(bool measure) {
   grams_.reset();
-  for (const Batch<T>& side : sides_) {
-    copies_.emplace_back(side.in_place() ? 0 : rows_ * side.cols);
+  std::vector<T*> rooms;
+  for (i64 v = 0; v < views(); ++v) {
+    const Batch<T>& side = sides_[v];
+    // the gradient of the first of two sides is made column by column, and takes the place of these
+    const bool lent = cross_ && v == 0 && out_[v] && !side.in_place();
+    copies_.emplace_back(lent || side.in_place() ? 0 : rows_ * side.cols);
+    rooms.push_back(lent ? out_[v] : copies_.back());
     treated_.push_back(side.in_place() ? side.columns({0, side.cols}, nullptr, 0, false)
-                                       : View<T>{copies_.back(), rows_, side.cols, side.cols, 1});
+                                       : View<T>{rooms[v], rows_, side.cols, side.cols, 1});
   }
   run(threads_, [&](i64 t) {
     in_strips(part(0, wide_, t, threads_), strip_cols<T>(rows_), [&](Range cols) {
       std::vector<View<T>> z;
-      for (i64 v = 0; v < views(); ++v) z.push_back(columns(v, cols, copies_[v] + cols.begin, sides_[v].cols, measure));
+      for (i64 v = 0; v < views(); ++v) z.push_back(columns(v, cols, rooms[v] + cols.begin, sides_[v].cols, measure));
       if (measure)
         examine(cols, z, &distances_[t]);
     });
@@ -202,14 +218,14 @@ void Product<T>::treat_features(bool measure) {
 // A panel of rows of C becomes, in place, what its products with the columns are the gradients of. A symmetric C is one
 // side's: what lies right of a panel's square on the diagonal counts twice.
 template <typename T>
-double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes, const std::vector<T*>& out) const {
-  const bool symmetric = left == right;
+double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes) const {
+  const bool symmetric = left == right, lent = treated_[left].data == out_[left];
   const View<T>&a = treated_[left], &b = treated_[right];
-  T *da = out[left], *db = out[right];
+  T *da = out_[left], *db = out_[right];
   const i64 rows_fitting = std::max<i64>(kCBytes, rows_ * b.cols * i64(sizeof(T)) / 8) / (b.cols * i64(sizeof(T)));
   const i64 wanted = symmetric ? std::min(rows_fitting, a.cols / 8) : rows_fitting;
   const i64 height = std::min(a.cols, std::max<i64>(wanted / 16 * 16, 128));
-  Buffer<T> c(height * b.cols), products(height < a.cols ? threads_ * rows_ * kGemmCols : 0);
+  Buffer<T> c(height * b.cols), products(lent || height < a.cols ? threads_ * rows_ * kGemmCols : 0);
   std::vector<double> sums(threads_);
   // columns `to` of an (N, D) gradient gain x w
   const auto gain = [&](i64 t, T* gradient, i64 d, Range to, const View<T>& x, const View<T>& w, bool first) {
@@ -247,7 +263,12 @@ double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes,
       return;
     run(threads_, [&](i64 t) {
       in_strips(part(rows.begin, rows.end, t, threads_), kGemmCols, [&](Range mine) {
-        gain(t, da, a.cols, mine, columns_of(b, others), entries(mine, others).transposed(), !symmetric);
+        const View<T> w = entries(mine, others).transposed(), z = columns_of(a, mine);
+        if (!lent)
+          return gain(t, da, a.cols, mine, columns_of(b, others), w, !symmetric);
+        const View<T> g{products + t * rows_ * kGemmCols, rows_, mine.size(), mine.size(), 1};
+        multiply<T>(g, columns_of(b, others), w);
+        finish(left, mine, g, true, z, z, slopes);
       });
     });
   });
@@ -257,25 +278,26 @@ double Product<T>::feature_product(i64 left, i64 right, const Slopes<T>& slopes,
 }
 
 template <typename T>
-double Product<T>::norm(const Slopes<T>& slopes, const std::vector<T*>& out) const {
-  const bool any = std::any_of(out.begin(), out.end(), [](T* x) { return x != nullptr; });
+double Product<T>::norm(const Slopes<T>& slopes) const {
+  const bool any = std::any_of(out_.begin(), out_.end(), [](T* x) { return x != nullptr; });
   if (grams_) {
     if (any)
-      gram_gradients(slopes, out);
+      gram_gradients(slopes);
     return norm_;
   }
   double total = 0;
-  for (i64 v = 0; v < (cross_ ? 1 : views()); ++v) total += feature_product(v, partner(v), slopes, out);
+  for (i64 v = 0; v < (cross_ ? 1 : views()); ++v) total += feature_product(v, partner(v), slopes);
   if (any) {
     run(threads_, [&](i64 t) {
       in_strips(part(0, wide_, t, threads_), strip_cols<T>(rows_), [&](Range cols) {
         for (i64 v = 0; v < views(); ++v) {
           const Range within = clip(v, cols);
-          if (!out[v] || !within.size() || !(with_distance_ || sides_[v].treatment == Columns::kStandardized))
+          if (!out_[v] || treated_[v].data == out_[v] || !within.size() ||
+              !(with_distance_ || sides_[v].treatment == Columns::kStandardized))
             continue;
           const View<T> z = columns_of(treated_[v], within),
-                        g{out[v] + within.begin, rows_, within.size(), sides_[v].cols, 1};
-          finish(v, within, g, true, z, z, slopes, out[v]);
+                        g{out_[v] + within.begin, rows_, within.size(), sides_[v].cols, 1};
+          finish(v, within, g, true, z, z, slopes);
         }
       });
     });
