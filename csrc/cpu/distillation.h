@@ -125,18 +125,6 @@ class ColumnSums {
   Buffer<T> block_;
 };
 
-// While it lives, this thread rounds what would become a denormal to zero: far below the rounding of any sum here, a
-// product that becomes one costs as much as a hundred others on x86.
-class NoDenormals {
- public:
-  NoDenormals();
-  ~NoDenormals();
-  NoDenormals(const NoDenormals&) = delete;
-
- private:
-  unsigned before_ = 0;
-};
-
 // zeros in place of a gradient
 void clear(const Row& row, i64 width);
 

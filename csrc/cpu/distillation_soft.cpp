@@ -88,7 +88,6 @@ void visit(const Problem& p, const W& weight, const Gradients* gradients, T* mea
   const i64 threads = std::max<i64>(1, std::min(useful_threads(flops), rows));
   Buffer<double> totals(mean ? threads * width : 0);
   run(threads, [&](i64 thread) {
-    const NoDenormals here;
     Sample<T> sample(width, p.t.count(), p.student_temp, p.teacher_temp, p.exclude);
     std::optional<ColumnSums<T>> sums;
     if (mean)
@@ -232,7 +231,6 @@ std::tuple<Tensor, Tensor> softmax_center(const Tensor& logits, const Optional& 
     Buffer<double> totals(threads * width);
     T* out = data<T>(p);
     run(threads, [&](i64 t) {
-      const NoDenormals here;
       ColumnSums<T> sums(width, totals + t * width);
       Online online(width, temperature);
       Buffer<T> scratch(kChunk);
