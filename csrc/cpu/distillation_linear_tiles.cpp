@@ -12,7 +12,7 @@
 // is minus the sum of the others'.
 #include "cpu/distillation_linear.h"
 
-#define SSLKERNELS_LEAVES "cpu/distillation_tiles.inl"
+#define SSLKERNELS_LEAVES "cpu/distillation_linear_tiles.inl"
 #include "cpu/multiversion.inl"
 
 namespace sslkernels {
@@ -62,11 +62,11 @@ class Sweeps {
         layers_(threads_ * strip_ * d_),
         parts_(out.student ? 2 * threads_ * rows_ * d_ : 0) {
     for (i64 v = 0; v < p.views; ++v) {
-      const i64 view = p.first_view + v, all = p.exclude && view < p.teachers ? view : -1;
-      const auto same = std::find(left_out_.begin(), left_out_.end(), all);
+      const i64 view = p.first_view + v, without = p.exclude && view < p.teachers ? view : -1;
+      const auto same = std::find(left_out_.begin(), left_out_.end(), without);
       target_of_.push_back(same - left_out_.begin());
       if (same == left_out_.end())
-        left_out_.push_back(all);
+        left_out_.push_back(without);
     }
   }
 
