@@ -3,31 +3,12 @@
 
 #include "cpu/patches.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 #define SSLKERNELS_LEAVES "cpu/distillation.inl"
 #include "cpu/multiversion.inl"
 
 namespace sslkernels {
 
 namespace {
-
-// While it lives, this thread rounds what would become a denormal to zero: far below the rounding of any sum here, a
-// product that becomes one costs as much as a hundred others on x86.
-class NoDenormals {
- public:
-#ifdef __x86_64__
-  NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000); }
-  ~NoDenormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  NoDenormals() {}  // so that none is an unused variable
-#endif
-};
 
 i64 bytes_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 

@@ -98,6 +98,7 @@ class Sweeps {
   template <typename F>
   void over_strips(const F& f) const {
     run(threads_, [&](i64 t) {
+      const NoDenormals here;
       const Range mine = part(0, p_.width, t, threads_);
       for (i64 j = mine.begin; j < mine.end; j += strip_) f(t, Range{j, std::min(mine.end, j + strip_)});
     });
