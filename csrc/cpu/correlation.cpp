@@ -98,15 +98,13 @@ std::tuple<Tensor, Tensor, Tensor> two_view_covariance(const Tensor& x, const Te
   });
 }
 
-constexpr i64 kStripCols = 64;
-
 // f(cols, view's columns standardised, scratch of their size) for strips of columns that threads own
 template <typename T, typename F>
 void over_strips(const Batch<T>& batch, bool measure, const F& f) {
   const i64 threads = useful_threads(kFlopsAnElement * batch.rows * batch.cols);
   run(threads, [&](i64 t) {
     const Range mine = part(0, batch.cols, t, threads);
-    const i64 width = std::min(mine.size(), kStripCols);
+    const i64 width = std::min(mine.size(), strip_cols<T>(batch.rows));
     Buffer<T> z(batch.rows * width), scratch(measure ? 0 : batch.rows * width);
     for (i64 j = mine.begin; j < mine.end; j += width) {
       const Range cols{j, std::min(mine.end, j + width)};

@@ -40,6 +40,13 @@ struct Strips {
   static double weigh(T* c, i64 ld, i64 rows, i64 cols, i64 first, const T* diagonal, T factor);
 };
 
+// Columns that several passes find in the cache
+template <typename T>
+i64 strip_cols(i64 rows) {
+  constexpr i64 kBytes = i64(1) << 20;
+  return std::clamp<i64>(kBytes / std::max<i64>(1, rows * i64(sizeof(T))) / 16 * 16, 16, 256);
+}
+
 enum class Columns { kRaw, kCentered, kStandardized };
 
 // The features of one view, (N, D) of any dtype and strides, and what is done to their columns.

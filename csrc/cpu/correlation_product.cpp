@@ -6,7 +6,6 @@ namespace sslkernels {
 
 namespace {
 
-constexpr i64 kStripBytes = i64(1) << 20;                  // columns that several passes find in the cache
 constexpr i64 kPanelBytes = i64(8) << 20;                  // columns of a view, multiplied at once in Gram space
 constexpr i64 kCBytes = i64(16) << 20;                     // rows of C, computed at once in feature space
 constexpr i64 kGemmCols = 512, kGemmBytes = i64(3) << 20;  // columns that a thread multiplies at once
@@ -17,11 +16,6 @@ constexpr i64 kGemmCols = 512, kGemmBytes = i64(3) << 20;  // columns that a thr
 bool gram_space(i64 n, i64 d, i64 e) { return static_cast<double>(n) * (d + e) <= static_cast<double>(d) * e; }
 
 double flops(i64 n, i64 d, i64 e) { return gram_space(n, d, e) ? 3.0 * n * n * (d + e) : 6.0 * n * d * e; }
-
-template <typename T>
-i64 strip_cols(i64 rows) {
-  return std::clamp<i64>(kStripBytes / std::max<i64>(1, rows * i64(sizeof(T))) / 16 * 16, 16, 256);
-}
 
 template <typename T>
 i64 gemm_cols(i64 rows) {
