@@ -53,8 +53,12 @@ def emitted_gradients(ctx, grad) -> list[Tensor | None]:
 
 def scaled_by(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """grad times each of `emitted`, in the dtype of its input."""
-    # loss.backward() asks for the gradients as they are: on the CPU that can be seen, and saves a copy of them
-    as_they_are = not torch.is_grad_enabled() and grad.device.type == "cpu" and check.readable(grad) and grad == 1
-    if not (as_they_are and all(e.dtype == x.dtype and e.shape == x.shape for e, x in zip(emitted, inputs))):
+    if not (is_one(grad) and all(e.dtype == x.dtype and e.shape == x.shape for e, x in zip(emitted, inputs))):
         emitted = scale_emitted(grad, emitted, inputs)
     return emitted
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether the gradients are asked for as they are, as loss.backward() does: on the CPU that can be seen, and saves
+    a pass over them."""
+    return not torch.is_grad_enabled() and grad.device.type == "cpu" and check.readable(grad) and bool(grad == 1)

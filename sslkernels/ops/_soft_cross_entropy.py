@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.ops._emitted import scaled_by
+from sslkernels.ops._emitted import is_one, scaled_by
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _distillation_soft as reference
 from sslkernels.reference._precision import compute_dtype
@@ -88,8 +88,10 @@ class _InPlace(torch.autograd.Function):
         scale, *emitted = (x.detach() for x in ctx.saved_tensors)
         if emitted[0].dtype == torch.float16:
             grad = grad * scale
-        factor = grad.reshape(1)  # one dimension, so that a 16-bit gradient is scaled in float32
-        out = iter([x.mul_(factor) for x in emitted])
+        if not is_one(grad):
+            factor = grad.reshape(1)  # one dimension, so that a 16-bit gradient is scaled in float32
+            emitted = [x.mul_(factor) for x in emitted]
+        out = iter(emitted)
         return None, *(next(out) if w else None for w in ctx.wanted)
 
 
