@@ -7,7 +7,7 @@ namespace sslkernels {
 namespace {
 
 constexpr i64 kPanelBytes = i64(8) << 20;                  // columns of a view, multiplied at once in Gram space
-constexpr i64 kCBytes = i64(16) << 20;                     // rows of C, computed at once in feature space
+constexpr i64 kCBytes = i64(4) << 20;                      // rows of C, computed at once in feature space
 constexpr i64 kGemmCols = 512, kGemmBytes = i64(3) << 20;  // columns that a thread multiplies at once
 
 // ||a^T b||^2 = <a a^T, b b^T>. With symmetric halves that is N^2 (D + E) multiplications where C takes N D E, and the

@@ -55,12 +55,13 @@ class Sweeps {
         threads_(useful_threads(2.0 * rows_ * p.width * p.depth)),
         strip_(std::clamp<i64>(kTileBytes / (rows_ * i64(sizeof(T))) / 16 * 16, 128, 512)),
         emit_(out.student && !out.weight),
+        summed_(emit_ ? rows_ : students_),
         hidden_(students_ * d_),
         teacher_(samples * p.teachers * d_),
         panel_(samples * p.teachers * p.width),
         tiles_(threads_ * (rows_ + 1) * strip_),
         layers_(threads_ * strip_ * d_),
-        parts_(out.student ? 2 * threads_ * rows_ * d_ : 0) {
+        parts_(out.student ? threads_ * (summed_ + kRowsAtOnce) * d_ : 0) {
     for (i64 v = 0; v < p.views; ++v) {
       const i64 view = p.first_view + v, without = p.exclude && view < p.teachers ? view : -1;
       const auto same = std::find(left_out_.begin(), left_out_.end(), without);
@@ -93,6 +94,7 @@ class Sweeps {
 
  private:
   static constexpr i64 kTileBytes = i64(3) << 18;
+  static constexpr i64 kRowsAtOnce = 256;  // of a product that stays in the cache until it is added
   static constexpr double kNothing = sizeof(T) == 4 ? 70 : 690;
 
   template <typename F>
@@ -293,11 +295,15 @@ class Sweeps {
     add_to_part(t, {tile(t), teachers + students, m, m, 1}, weight);
   }
 
-  T* part_of(i64 t) const { return parts_ + 2 * t * rows_ * d_; }
+  T* part_of(i64 t) const { return parts_ + t * (summed_ + kRowsAtOnce) * d_; }
 
   void add_to_part(i64 t, const View<T>& a, const View<T>& weight) {
-    T* sum = part_of(t);
-    accumulate<T>({sum, a.rows, d_, d_, 1}, a, weight, started_[t], sum + rows_ * d_);
+    T *sum = part_of(t), *product = sum + summed_ * d_;
+    for (i64 r = 0; r < a.rows; r += kRowsAtOnce) {
+      const i64 n = std::min(kRowsAtOnce, a.rows - r);
+      accumulate<T>({sum + r * d_, n, d_, d_, 1}, {a.data + r * a.row_stride, n, a.cols, a.row_stride, 1}, weight,
+                    started_[t], product);
+    }
     started_[t] = true;
   }
 
@@ -418,6 +424,7 @@ class Sweeps {
   const PrototypeGradients<T>& out_;
   const i64 d_, students_, rows_, threads_, strip_;
   const bool emit_;
+  const i64 summed_;  // rows that a thread sums products of: the students', and the teachers' where they are emitted
   Buffer<T> hidden_, teacher_, panel_, tiles_, layers_, parts_;
   std::vector<i64> left_out_, target_of_;  // the teacher that each target is without, or -1; the target of each view
   Range some_{0, 0};
