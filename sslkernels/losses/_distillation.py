@@ -194,9 +194,10 @@ def swav_loss(
 
 def count_views(name: str, x: Any) -> int:
     """How many views of a non-empty batch a list of (B, ...) and (S, B, ...), or one (S, B, ...), holds."""
-    views = list(x) if isinstance(x, list | tuple) else [x]
+    several = isinstance(x, list | tuple)
+    views = list(x) if several else [x]
     for i, view in enumerate(views):
-        label = name if views is x or isinstance(x, Tensor) else f"{name}[{i}]"
+        label = f"{name}[{i}]" if several else name
         check.floating(label, view)
         if view.ndim != 3 and (view.ndim != 2 or isinstance(x, Tensor)):
             raise ValueError(
