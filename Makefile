@@ -44,6 +44,7 @@ compat: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	SSLKERNELS_CPU=1 SSLKERNELS_CUDA=1 $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir $(COMPAT) .
 	$(COMPAT_PYTHON) -m venv $(COMPAT)/venv
 	$(COMPAT)/venv/bin/python -m pip install --quiet torch==2.11.0 -r requirements-demo.txt -r requirements-test.txt $(COMPAT)/*.whl
+	$(COMPAT)/venv/bin/python -m pip install --quiet --no-deps -r requirements-speech.txt
 	cd $(COMPAT) && venv/bin/python -m sslkernels info
 	cd $(COMPAT) && venv/bin/python -c "from sslkernels import _library as l, info; assert not l.PROBLEMS, l.PROBLEMS; assert info.serves('ema_update_', 'cuda') == 'compiled'"
 	cd $(COMPAT) && venv/bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider ../../tests/ops ../../tests/losses $(ARGS)
@@ -58,6 +59,11 @@ $(BIN)/python:
 # requirements.txt is a set of its own; the others have a stamp each
 $(VENV)/.run: requirements.txt | $(BIN)/python
 	$(PIP) install --quiet -r $<
+	touch $@
+
+$(VENV)/.demo: requirements-demo.txt requirements-speech.txt | $(VENV)/.run
+	$(PIP) install --quiet -r requirements-demo.txt
+	$(PIP) install --quiet --no-deps -r requirements-speech.txt
 	touch $@
 
 $(VENV)/.%: requirements-%.txt | $(VENV)/.run

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,20 +49,8 @@ class Training:
 
     def batch(self, size: int | None = None) -> Any:
         """What the method takes, from `size` training items drawn without replacement."""
-        items, labels = self.data[:2]
-        chosen = torch.randperm(len(items), generator=self.generator)[: size or self.preset.batch_size]
-        if self.preset.batch == "clips":
-            return self.standardize(items[chosen])
-        options = VIEWS[self.preset.data]
-        if self.preset.batch == "views":
-            return data.two_views(items[chosen], generator=self.generator, **options)
-        if self.preset.batch == "crops":
-            crops = data.multi_crop(items[chosen], generator=self.generator, **CROPS[self.preset.data])
-            return [self.standardize(crop) for crop in crops]
-        view = data.augment(items[chosen], generator=self.generator, **options)
-        if self.preset.batch == "captions":
-            return view, data.digit_captions(labels[chosen], generator=self.generator)
-        return self.standardize(view)
+        chosen = torch.randperm(len(self.data[0]), generator=self.generator)[: size or self.preset.batch_size]
+        return BATCHES[self.preset.batch](self, chosen)
 
     def standardize(self, items: Tensor) -> Tensor:
         """Transformers alone take standardised items: beside fixed positions, values in [0, 1] are hardly seen."""
@@ -127,6 +116,36 @@ class Training:
 
 VIEWS: dict[str, dict[str, Any]] = {"digits": data.DIGIT_VIEWS, "photographs": data.PHOTO_VIEWS}
 CROPS: dict[str, dict[str, Any]] = {"digits": data.DIGIT_CROPS, "photographs": data.PHOTO_CROPS}
+
+
+def _items(training: Training, chosen: Tensor) -> Tensor:
+    return training.standardize(training.data[0][chosen])
+
+
+def _view(training: Training, chosen: Tensor) -> Tensor:
+    options = VIEWS[training.preset.data]
+    return training.standardize(data.augment(training.data[0][chosen], generator=training.generator, **options))
+
+
+def _two_views(training: Training, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    options = VIEWS[training.preset.data]
+    return data.two_views(training.data[0][chosen], generator=training.generator, **options)
+
+
+def _crops(training: Training, chosen: Tensor) -> list[Tensor]:
+    options = CROPS[training.preset.data]
+    crops = data.multi_crop(training.data[0][chosen], generator=training.generator, **options)
+    return [training.standardize(crop) for crop in crops]
+
+
+def _captioned(training: Training, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    return _view(training, chosen), data.digit_captions(training.data[1][chosen], generator=training.generator)
+
+
+# What a step takes of the chosen items, by the name in `Preset.batch`.
+BATCHES: dict[str, Callable[[Training, Tensor], Any]] = {
+    "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items
+}  # fmt: skip
 
 
 def steps_in(name: str, seconds: float) -> int:
