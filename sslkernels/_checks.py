@@ -136,13 +136,18 @@ def not_empty(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
 
 
-def ids(name: str, x: Tensor, length: int, distinct: bool = False) -> None:
-    """The values of int64 (..., K), where they may be read, are in [0, length); `distinct`: no row has one twice."""
-    if not readable(x) or x.numel() == 0:
+def ids(name: str, x: Tensor, length: int, distinct: bool = False, ignore: int | None = None) -> None:
+    """The values of int64 (..., K), where they may be read, are in [0, length), or `ignore`; `distinct`: no row has one
+    twice."""
+    if not readable(x):
+        return
+    x = x if ignore is None else x[x != ignore]
+    if x.numel() == 0:
         return
     low, high = (int(v) for v in x.aminmax())
     if low < 0 or high >= length:
-        raise ValueError(f"{name} must be in [0, {length}), got {low if low < 0 else high}")
+        allowed = f"in [0, {length})" + ("" if ignore is None else f" or {ignore}, which is ignored")
+        raise ValueError(f"{name} must be {allowed}, got {low if low < 0 else high}")
     if distinct:
         ordered = x.sort(-1).values
         again = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]

@@ -46,6 +46,7 @@ from sslkernels.ops.patches import (
     restore_tokens,
 )
 from sslkernels.ops.regression import average_layers, masked_regression
+from sslkernels.ops.tokens import linear_cross_entropy
 
 __all__ = [
     "Exclude",
@@ -58,6 +59,7 @@ __all__ = [
     "gather_tokens",
     "inverse_block_mask",
     "l2_normalize",
+    "linear_cross_entropy",
     "linear_soft_cross_entropy",
     "masked_patch_loss",
     "masked_regression",
