@@ -46,10 +46,12 @@ from sslkernels.ops.patches import (
     restore_tokens,
 )
 from sslkernels.ops.regression import average_layers, masked_regression
-from sslkernels.ops.tokens import linear_cross_entropy
+from sslkernels.ops.tokens import AliasTable, alias_table, linear_cross_entropy, skipgram, skipgram_update_
 
 __all__ = [
+    "AliasTable",
     "Exclude",
+    "alias_table",
     "average_layers",
     "block_mask",
     "ema_update_",
@@ -77,6 +79,8 @@ __all__ = [
     "similarity_softplus_sum",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "skipgram",
+    "skipgram_update_",
     "soft_cross_entropy",
     "softmax_center",
     "span_corruption",
