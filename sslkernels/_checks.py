@@ -104,14 +104,20 @@ def number(name: str, x: Any, like: Tensor) -> None:
             raise ValueError(f"{name} must be on {like.device}, got {x.device}")
     elif isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(x).__name__}")
-    elif not -math.inf < x < math.inf:  # math.isfinite does not trace a symbolic number
+    else:
+        finite(name, x)
+
+
+def finite(name: str, x: Any) -> None:
+    """A finite Python number. A tensor is refused, whose value could not be had without waiting for its device."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not -math.inf < x < math.inf:  # math.isfinite does not trace a symbolic number
         raise ValueError(f"{name} must be finite, got {x}")
 
 
 def positive(name: str, x: Any) -> None:
-    """A Python number above zero. A tensor passes: reading its value would synchronise the device."""
-    if isinstance(x, Tensor):
-        return
+    """A finite Python number above zero, no tensor."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not 0 < x < math.inf:

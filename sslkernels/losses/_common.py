@@ -47,8 +47,10 @@ def check_options(
 def inverse(temperature: Tensor | float, like: Tensor) -> Tensor | float:
     """1 / temperature, a number for a number and a 0-D tensor for a tensor."""
     check.number("temperature", temperature, like)
+    if isinstance(temperature, Tensor):
+        return temperature.reshape(()).reciprocal()
     check.positive("temperature", temperature)
-    return temperature.reshape(()).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+    return 1.0 / temperature
 
 
 def scalar(name: str, x: Tensor | float, like: Tensor) -> Tensor | float:

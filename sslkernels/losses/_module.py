@@ -16,9 +16,10 @@ class Loss(nn.Module):
     def __init__(self, temperature: nn.Parameter | float | None = None, **options: Any) -> None:
         super().__init__()
         if temperature is not None:
-            if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            if not isinstance(temperature, Tensor):
+                check.positive("temperature", temperature)
+            elif not isinstance(temperature, nn.Parameter):
                 raise TypeError("temperature must be a number, or an nn.Parameter to be learned, got a plain tensor")
-            check.positive("temperature", temperature)
             self.temperature = temperature
         known = ("reduction", "label_smoothing", "beta", "tau_plus")
         common.check_options(**{name: x for name, x in options.items() if name in known})

@@ -3,23 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
-from sslkernels.ops._distillation_soft import _check_center as check_center
-from sslkernels.ops._emitted import emitted_gradients, save_emitted
+from sslkernels.ops import _distillation_views as views
+from sslkernels.ops._distillation_views import Views
+from sslkernels.ops._emitted import emitted_gradients, save_emitted, wants_grad
 from sslkernels.ops._registry import define, differentiable
 from sslkernels.reference import _distillation_linear as reference
 from sslkernels.reference._precision import compute_dtype
 
 __all__ = ["linear_soft_cross_entropy"]
-
-Views = Tensor | Sequence[Tensor]
 
 PANEL_BYTES = 8 << 20  # up to which logits are kept whole; the kernel's rule for more depends on the shapes
 
@@ -73,62 +70,24 @@ def linear_soft_cross_entropy(
     Source: DINO (arXiv:2104.14294) `main_dino.py::DINOLoss`, `vision_transformer.py::DINOHead.last_layer`.
     """
     check.choice("reduction", reduction, ("mean", "sum"))
-    check.positive("student_temp", student_temp)
-    check.positive("teacher_temp", teacher_temp)
-    s, t = _views("student", student), _views("teacher", teacher)
-    rows_only = isinstance(student, Tensor) and student.ndim == 2
-    if rows_only != (isinstance(teacher, Tensor) and teacher.ndim == 2):
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} tensors" for x in (student, teacher)]
-        raise ValueError(f"student and teacher must both be (N, D) or both have views, got {shapes[0]} and {shapes[1]}")
+    temperatures = views.temperatures(student_temp=student_temp, teacher_temp=teacher_temp)
+    students, teachers, rows_only = views.two_sides(student, teacher, "D")
+    exclude = views.excluding(exclude_same_view, rows_only, students, teachers)
+    # hidden rows are small, so that a list of views is put together
+    s, t = reference.stack_views(students), reference.stack_views(teachers)
     _check_layers(s, weight, t, teacher_weight)
-    exclude = exclude_same_view and not rows_only
-    if exclude and len(s) == len(t) == 1:
-        raise ValueError("student and teacher must leave a pair of different views, got one view of each")
-    if center is not None:
-        check_center(center, weight.T, len(t))
-        center = center.detach().reshape(-1, weight.shape[0])
-    if row_weight is not None:
-        check.vector("row_weight", row_weight, s.shape[1], s, check.FLOATS)
-        row_weight = row_weight.detach()
+    center = views.centers(center, weight.shape[0], weight, len(t))
+    row_weight = views.sample_weights(row_weight, s)
     s, weight, t = cast_features(s, weight, t.detach())
     if teacher_weight is not None:
         (teacher_weight,) = cast_features(teacher_weight.detach())
-    wanted = [x.requires_grad and torch.is_grad_enabled() for x in (s, weight)]
     layers = (s, weight, t, teacher_weight, center, row_weight)
-    options = (
-        float(student_temp),
-        float(teacher_temp),
-        exclude,
-        reduction == "mean",
-        return_center,
-        PANEL_BYTES,
-        wanted,
-    )
-    loss, mean, *_ = _loss(*layers, *options)
+    options = (exclude, reduction == "mean", return_center, PANEL_BYTES, wants_grad(s, weight))
+    loss, mean, *_ = _loss(*layers, *temperatures, *options)
     return (loss, mean) if return_center else loss
 
 
-def _views(name: str, x: Any) -> Tensor:
-    """(S, B, D); hidden rows are small, so that a list of views is put together."""
-    several = isinstance(x, list | tuple)
-    if several and not x:
-        raise ValueError(f"{name} must hold at least one view, got none")
-    xs = list(x) if several else [x]
-    for i, view in enumerate(xs):
-        label = f"{name}[{i}]" if several else name
-        check.floating(label, view)
-        if view.ndim not in (2, 3) or view.shape[-1] == 0 or view.shape[0 : view.ndim - 2] == (0,):
-            raise ValueError(f"{label} must have shape (B, D) or (S, B, D) with D > 0, got {tuple(view.shape)}")
-        if view.shape[-2:] != xs[0].shape[-2:]:
-            raise ValueError(
-                f"{label} must have the (B, D) of {name}[0] {tuple(xs[0].shape[-2:])}, got {tuple(view.shape)}"
-            )
-        check.same_device(label, view, f"{name}[0]", xs[0])
-    return reference.stack_views(x)
-
-
 def _check_layers(s: Tensor, weight: Any, t: Tensor, teacher_weight: Any) -> None:
-    check.same_device("teacher", t, "student", s)
     if s.shape[1] != t.shape[1]:
         raise ValueError(f"teacher must have the samples of student, {s.shape[1]}, got {t.shape[1]}")
     for name, x in (("weight", weight), ("teacher_weight", teacher_weight)):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels.ops import _distillation_views as views
 from sslkernels.ops import _soft_cross_entropy as op
+from sslkernels.ops._distillation_views import Views
+from sslkernels.ops._emitted import wants_grad
 
 __all__ = ["soft_cross_entropy", "softmax_center"]
-
-Views = Tensor | Sequence[Tensor]
 
 
 def soft_cross_entropy(
@@ -74,20 +75,12 @@ def soft_cross_entropy(
     Source: DINO (arXiv:2104.14294) `main_dino.py::DINOLoss`, whose loop over pairs this is; iBOT, DINOv2, SwAV.
     """
     check.choice("reduction", reduction, ("mean", "sum", "none"))
-    temperatures = _temperature("student_temp", student_temp), _temperature("teacher_temp", teacher_temp)
-    rows_only = isinstance(student, Tensor) and student.ndim == 2
-    if rows_only != (isinstance(teacher, Tensor) and teacher.ndim == 2):
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} tensors" for x in (student, teacher)]
-        raise ValueError(f"student and teacher must both be (N, V) or both have views, got {shapes[0]} and {shapes[1]}")
-    s, t = _views("student", student), _views("teacher", teacher)
+    temperatures = views.temperatures(student_temp=student_temp, teacher_temp=teacher_temp)
+    s, t, rows_only = views.two_sides(student, teacher, "V")
     _check_match(s, t)
-    exclude = exclude_same_view and not rows_only
-    if exclude and _count(s) == _count(t) == 1:
-        raise ValueError("student and teacher must leave a pair of different views, got one view of each")
-    center = _center(center, t)
-    if row_weight is not None:
-        check.vector("row_weight", row_weight, s[0].shape[-2], s[0], check.FLOATS)
-        row_weight = row_weight.detach()
+    exclude = views.excluding(exclude_same_view, rows_only, s, t)
+    center = views.centers(center, t[0].shape[-1], t[0], views.count(t))
+    row_weight = views.sample_weights(row_weight, s[0])
     if inplace and reduction == "none":
         raise ValueError('inplace must be False for reduction="none", whose gradient is not known in the forward')
     t = [x.detach() if x.requires_grad else x for x in t]
@@ -96,12 +89,12 @@ def soft_cross_entropy(
         loss, mean = op.rows(s, *options, return_center)
         loss = loss[0] if rows_only else loss
     else:
-        wanted = [torch.is_grad_enabled() and x.requires_grad for x in s]
-        overwrite = inplace and any(wanted) and not torch.compiler.is_compiling()
+        needed = wants_grad(*s)
+        overwrite = inplace and any(needed) and not torch.compiler.is_compiling()
         if overwrite:
-            _check_overwritable(s, wanted, t)
+            _check_overwritable(s, needed, t)
         total = op.total_in_place if overwrite else op.total
-        loss, mean, *_ = total(s, *options, reduction == "mean", [*wanted, return_center])
+        loss, mean, *_ = total(s, *options, reduction == "mean", [*needed, return_center])
     return (loss, mean) if return_center else loss
 
 
@@ -130,78 +123,32 @@ def softmax_center(logits: Tensor, center: Tensor | None = None, temperature: fl
     Source: DINO `main_dino.py::DINOLoss`; DINOv2 `dino_clstoken_loss.py::softmax_center_teacher`.
     """
     check.floating("logits", logits)
-    number = _temperature("temperature", temperature)
+    (number,) = views.temperatures(temperature=temperature)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V > 0, got {tuple(logits.shape)}")
-    if center is not None:
-        _check_center(center, logits, 1)
-        center = center.reshape(-1)
+    center = views.centers(center, logits.shape[-1], logits, 1)
+    center = None if center is None else center[0]
     p, mean = op.softmax_center(logits.reshape(-1, logits.shape[-1]), center, number)
     return p.reshape(logits.shape), mean
 
 
-def _temperature(name: str, x: Any) -> float:
-    if isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a number, got Tensor")
-    check.positive(name, x)
-    return float(x)
-
-
-def _views(name: str, x: Any) -> list[Tensor]:
-    several = isinstance(x, list | tuple)
-    if several and not x:
-        raise ValueError(f"{name} must hold at least one view, got none")
-    xs = list(x) if several else [x]
-    for i, view in enumerate(xs):
-        label = f"{name}[{i}]" if several else name
-        check.floating(label, view)
-        if view.ndim not in (2, 3) or view.shape[-1] == 0 or view.shape[0 : view.ndim - 2] == (0,):
-            raise ValueError(f"{label} must have shape (B, V) or (S, B, V) with V > 0, got {tuple(view.shape)}")
-        if view.shape[-2:] != xs[0].shape[-2:]:
-            raise ValueError(
-                f"{label} must have the (B, V) of {name}[0] {tuple(xs[0].shape[-2:])}, got {tuple(view.shape)}"
-            )
-        if view.dtype != xs[0].dtype:
-            raise TypeError(f"{label} must have the dtype of {name}[0] ({xs[0].dtype}), got {view.dtype}")
-        check.same_device(label, view, f"{name}[0]", xs[0])
-    return xs
-
-
-def _count(xs: Sequence[Tensor]) -> int:
-    return sum(x.shape[0] if x.ndim == 3 else 1 for x in xs)
-
-
 def _check_match(s: Sequence[Tensor], t: Sequence[Tensor]) -> None:
-    check.same_device("teacher", t[0], "student", s[0])
+    for name, xs in (("student", s), ("teacher", t)):
+        for i, x in enumerate(xs):
+            if x.dtype != xs[0].dtype:
+                raise TypeError(f"{name}[{i}] must have the dtype of {name}[0] ({xs[0].dtype}), got {x.dtype}")
     if s[0].shape[-2:] != t[0].shape[-2:]:
         expected, got = tuple(s[0].shape[-2:]), tuple(t[0].shape[-2:])
         raise ValueError(f"teacher must have the samples and prototypes of student, {expected}, got {got}")
 
 
-def _check_center(center: Any, like: Tensor, views: int) -> None:
-    check.floating("center", center)
-    check.same_device("center", center, "teacher", like)
-    width = like.shape[-1]
-    if center.shape[-1:] != (width,) or center.numel() not in (width, views * width):
-        expected = f"({width},)" + (f" or ({views}, {width})" if views > 1 else "")
-        raise ValueError(f"center must have shape {expected}, got {tuple(center.shape)}")
-
-
-def _center(center: Any, teacher: Sequence[Tensor]) -> Tensor | None:
-    """(1, V), or (T, V) if each teacher view has its own."""
-    if center is None:
-        return None
-    _check_center(center, teacher[0], _count(teacher))
-    return center.detach().reshape(-1, center.shape[-1])
-
-
-def _check_overwritable(student: Sequence[Tensor], wanted: Sequence[bool], teacher: Sequence[Tensor]) -> None:
+def _check_overwritable(student: Sequence[Tensor], needed: Sequence[bool], teacher: Sequence[Tensor]) -> None:
     """The gradient may take the place of these logits, as far as can be seen."""
     read = [_span(x) for x in teacher if _has_memory(x)]
     seen = set()
     for i, x in enumerate(student):
         name = f"student[{i}]" if len(student) > 1 else "student"
-        if not wanted[i]:
+        if not needed[i]:
             continue
         if x.is_leaf:
             raise ValueError(f"inplace needs logits that a layer has made, but {name} is a leaf that requires grad")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ scale_emitted = define(
     everywhere=True,
 )
 once_differentiable(scale_emitted)
+
+
+def wants_grad(*xs: Any) -> list[bool]:
+    """Which of these, tensors or not, need a gradient here."""
+    return [isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() for x in xs]
 
 
 def save_emitted(ctx, inputs, wanted, emitted) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sslkernels.ops._distillation_views import count
 from sslkernels.ops._emitted import is_one, scaled_by
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _distillation_soft as reference
@@ -115,8 +116,7 @@ rows_backward = define(
 
 def _fake_rows(student, teacher, need_mean) -> list[Tensor]:
     dtype, (batch, width) = compute_dtype(*student, *teacher), student[0].shape[-2:]
-    views = sum(x.shape[0] if x.ndim == 3 else 1 for x in student)
-    shapes = ((views, batch), (width if need_mean else 0,))
+    shapes = ((count(student), batch), (width if need_mean else 0,))
     return [student[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
 

@@ -21,6 +21,7 @@ from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
 from sslkernels.ops import _contrastive as op
 from sslkernels.ops import _contrastive_sums as sum_op
+from sslkernels.ops._emitted import wants_grad
 from sslkernels.reference._precision import compute_dtype
 from sslkernels.reference.contrastive import NOTHING, Exclude, symmetric
 
@@ -72,10 +73,6 @@ def _multipliers(scales: Sequence[float] | None) -> tuple[float, ...]:
 
 def _split(x: Tensor | float) -> tuple[Tensor | None, float]:
     return (x, 1.0) if isinstance(x, Tensor) else (None, float(x))
-
-
-def _wanted(*xs: Any) -> list[bool]:
-    return [isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() for x in xs]
 
 
 def _keep(n: int, m: int, wanted: Sequence[bool], dtype: torch.dtype) -> bool:
@@ -155,7 +152,7 @@ def similarity_logsumexp(
         raise ValueError(
             f"return_positive needs exclude.diagonal in [0, {k.shape[0] - q.shape[0]}] and no period, got {offset}"
         )
-    pair, wanted = _split(scale), _wanted(q, k, scale)
+    pair, wanted = _split(scale), wants_grad(q, k, scale)
     if not columns and scales is None and not return_positive and not wanted[1] and any(wanted):
         row, top, _ = op.attention(q, k, *pair, *exclude)
         return (row, None, top) if return_max else (row, None)
@@ -213,7 +210,7 @@ def self_similarity_logsumexp(
     offset = exclude.period if return_positive else None
     multipliers = _multipliers(scales)
     (z,) = cast_features(z, autocast=autocast)
-    kept = _keep(z.shape[0], z.shape[0], _wanted(z, scale), compute_dtype(z))
+    kept = _keep(z.shape[0], z.shape[0], wants_grad(z, scale), compute_dtype(z))
     pairs = (exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ)
     lse, positive, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept, offset)
     lse = lse[0] if scales is None else lse
@@ -260,7 +257,7 @@ def similarity_cross_entropy(
     check.vector("positive", positive, q.shape[0], q, (torch.float32, torch.float64))
     tensor, number = _weights(weight, q.shape[0], q)
     q, k = cast_features(q, k, autocast=autocast)
-    mask = _wanted(q, k, positive, scale)
+    mask = wants_grad(q, k, positive, scale)
     loss, row, top, *_ = sum_op.cross_entropy(q, k, positive, tensor, number, *_split(scale), *exclude, decoupled, mask)
     return loss, row, top
 
@@ -302,7 +299,7 @@ def two_view_cross_entropy(
     if out0.shape != out1.shape or out0.dtype != out1.dtype:
         raise ValueError(f"out1 must be {out0.dtype} {tuple(out0.shape)} as out0, got {out1.dtype} {tuple(out1.shape)}")
     tensor, number = _weights(weight, 2 * out0.shape[0], out0)
-    mask = _wanted(out0, out1, scale)
+    mask = wants_grad(out0, out1, scale)
     return sum_op.two_view(out0, out1, tensor, number, *_split(scale), decoupled, mask)[:4]
 
 
@@ -364,7 +361,7 @@ def similarity_softplus_sum(
     _check(q, k, exclude, scale=scale, bias=bias)
     tensor, number = _weights(weight, q.shape[0], q)
     q, k = cast_features(q, k, autocast=autocast)
-    mask = _wanted(q, k, scale, bias)
+    mask = wants_grad(q, k, scale, bias)
     return sum_op.softplus_sum(q, k, tensor, number, *_split(scale), *_split(bias), *exclude, mask)[0]
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
 from sslkernels.ops import _correlation as op
+from sslkernels.ops._emitted import wants_grad
 
 __all__ = ["product_frobenius", "standardize", "two_view_correlation", "two_view_covariance"]
 
@@ -45,7 +45,7 @@ def standardize(x: Tensor, eps: float = 1e-5, *, unbiased: bool = False) -> Tens
         True
     """
     check.features(x=x)
-    check.positive("eps", _plain("eps", eps))
+    check.positive("eps", eps)
     _rows("x", x, 2 if unbiased else 1, " for unbiased=True" if unbiased else "")
     return op.standard(x, float(eps), unbiased)[0]
 
@@ -81,7 +81,7 @@ def product_frobenius(a: Tensor, b: Tensor | None = None, *, off_diagonal: bool 
             raise ValueError(f"b must have as many rows as a ({a.shape[0]}), got shape {tuple(b.shape)}")
         if off_diagonal and b.shape != a.shape:
             raise ValueError(f"b must have the shape of a {tuple(a.shape)} for off_diagonal, got {tuple(b.shape)}")
-    return op.frobenius(a, b, off_diagonal, _wanted(a, b))[0]
+    return op.frobenius(a, b, off_diagonal, wants_grad(a, b))[0]
 
 
 def two_view_correlation(x: Tensor, y: Tensor, lambda_param: float = 5e-3, eps: float = 1e-5) -> Tensor:
@@ -111,9 +111,9 @@ def two_view_correlation(x: Tensor, y: Tensor, lambda_param: float = 5e-3, eps: 
     Source: Barlow Twins (arXiv:2103.03230), `main.py`; no division by D.
     """
     _views(x, y, 1)
-    check.number("lambda_param", _plain("lambda_param", lambda_param), x)
-    check.positive("eps", _plain("eps", eps))
-    return op.correlation(x, y, float(lambda_param), float(eps), _wanted(x, y))[0]
+    check.finite("lambda_param", lambda_param)
+    check.positive("eps", eps)
+    return op.correlation(x, y, float(lambda_param), float(eps), wants_grad(x, y))[0]
 
 
 def two_view_covariance(
@@ -156,10 +156,10 @@ def two_view_covariance(
     _views(x, y, 2)
     numbers = {"invariance": invariance, "variance": variance, "covariance": covariance, "gamma": gamma}
     for name, number in numbers.items():
-        check.number(name, _plain(name, number), x)
-    check.positive("eps", _plain("eps", eps))
+        check.finite(name, number)
+    check.positive("eps", eps)
     weights = (float(invariance), float(variance), float(covariance))
-    return op.covariance(x, y, weights, float(gamma), float(eps), _wanted(x, y))[0]
+    return op.covariance(x, y, weights, float(gamma), float(eps), wants_grad(x, y))[0]
 
 
 def _features(name: str, x: Any) -> None:
@@ -178,13 +178,3 @@ def _views(x: Any, y: Any, least: int) -> None:
     _rows("x", x, least)
     if x.shape[1] == 0:
         raise ValueError(f"x must have at least one feature, got shape {tuple(x.shape)}")
-
-
-def _plain(name: str, x: Any) -> Any:
-    if isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a number, got Tensor")
-    return x
-
-
-def _wanted(*xs: Tensor | None) -> list[bool]:
-    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in xs]

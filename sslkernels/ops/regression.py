@@ -76,9 +76,7 @@ def masked_regression(
     check.choice("loss", loss, LOSSES)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
     check.in_range("beta", beta, 0.0, float("inf"))
-    if isinstance(scale, Tensor):
-        raise TypeError("scale must be a number, got Tensor")
-    check.number("scale", scale, pred)
+    check.finite("scale", scale)
     if eps is None:
         eps = default_eps(loss)
     check.positive("eps", eps)

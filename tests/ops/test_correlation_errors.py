@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gamma text": (
         lambda: ops.two_view_covariance(X, Y, gamma="1"),  # type: ignore[arg-type]
         TypeError,
-        "gamma must be a number or a tensor of one element, got str",
+        "gamma must be a number, got str",
     ),
     "variance infinite": (
         lambda: ops.two_view_covariance(X, Y, variance=float("inf")),

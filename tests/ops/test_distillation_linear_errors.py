@@ -96,6 +96,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "row_weight a view": ({"row_weight": torch.ones(3, 4)}, ValueError, "row_weight must have shape (4,), got (3, 4)"),
     "row_weight of bools": ({"row_weight": torch.ones(4).bool()}, TypeError, "row_weight must be one of torch.float32"),
+    "teacher_temp a tensor": (
+        {"teacher_temp": torch.tensor(0.1)},
+        TypeError,
+        "teacher_temp must be a number, got Tensor",
+    ),
     "student_temp zero": ({"student_temp": 0.0}, ValueError, "student_temp must be positive and finite, got 0.0"),
     "teacher_temp negative": ({"teacher_temp": -1}, ValueError, "teacher_temp must be positive and finite, got -1"),
     "reduction none": ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum', got 'none'"),

@@ -360,6 +360,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "iterations a float": ({"iterations": 3.0}, TypeError, "iterations must be an integer, got float"),
     "epsilon zero": ({"epsilon": 0.0}, ValueError, "epsilon must be positive and finite, got 0.0"),
     "epsilon NaN": ({"epsilon": math.nan}, ValueError, "epsilon must be positive and finite, got nan"),
+    "epsilon a tensor": ({"epsilon": torch.tensor(0.05)}, TypeError, "epsilon must be a number, got Tensor"),
     "epsilon a string": ({"epsilon": "0.05"}, TypeError, "epsilon must be a number, got str"),
 }
 
