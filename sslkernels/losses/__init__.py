@@ -29,6 +29,7 @@ from sslkernels.losses.correlation import (
     vicreg_loss,
 )
 from sslkernels.losses.distillation import DINOLoss, IBOTPatchLoss, SwaVLoss, dino_loss, ibot_patch_loss, swav_loss
+from sslkernels.losses.neighbors import KoLeoLoss, koleo_loss
 from sslkernels.losses.queue import MemoryQueue
 from sslkernels.losses.regression import (
     BYOLLoss,
@@ -48,6 +49,7 @@ __all__ = [
     "FroSSLLoss",
     "IBOTPatchLoss",
     "InfoNCELoss",
+    "KoLeoLoss",
     "MaskedRegressionLoss",
     "MemoryQueue",
     "NTXentLoss",
@@ -66,6 +68,7 @@ __all__ = [
     "frossl_loss",
     "ibot_patch_loss",
     "info_nce",
+    "koleo_loss",
     "mises_fisher_weights",
     "negative_cosine_similarity",
     "nt_xent",

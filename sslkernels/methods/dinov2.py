@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels.losses import koleo_loss
 from sslkernels.methods.ibot import IBOT
 from sslkernels.nn import VisionTransformer
-from sslkernels.reference.neighbors import koleo
 
 
 class DINOv2(IBOT):
@@ -75,7 +75,7 @@ class DINOv2(IBOT):
 
     def forward(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.terms(batch, self.mask(batch))
-        apart = torch.stack([koleo(crop) for crop in terms.features.chunk(2)]).sum()
+        apart = torch.stack([koleo_loss(crop) for crop in terms.features.chunk(2)]).sum()
         values = (terms.cls, terms.patch, apart)
         loss = sum((weight * value for weight, value in zip(self.loss_weights, values)), torch.zeros_like(apart))
         losses = {"loss": loss, **dict(zip(("cls_loss", "patch_loss", "koleo"), values))}

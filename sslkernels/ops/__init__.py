@@ -37,6 +37,7 @@ from sslkernels.ops.masks import (
     token_mask,
     tube_mask,
 )
+from sslkernels.ops.neighbors import nearest, topk_similarity
 from sslkernels.ops.patches import (
     embed_patches,
     gather_patches,
@@ -67,6 +68,7 @@ __all__ = [
     "masked_regression",
     "multiblock3d_mask",
     "multiblock_mask",
+    "nearest",
     "permute_patches",
     "product_frobenius",
     "random_mask",
@@ -87,6 +89,7 @@ __all__ = [
     "span_mask",
     "standardize",
     "token_mask",
+    "topk_similarity",
     "tube_mask",
     "two_view_correlation",
     "two_view_covariance",
