@@ -4,15 +4,20 @@
 from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
 from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predictor
 from sslkernels.nn.heads import DINOHead, WeightNormLinear
+from sslkernels.nn.speech import ConvFeatureEncoder, ConvPositionalEmbedding, SpeechGRU, SpeechTransformer
 from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
 
 __all__ = [
+    "ConvFeatureEncoder",
+    "ConvPositionalEmbedding",
     "ConvolutionalDecoder",
     "DINOHead",
     "MaskedDecoder",
     "Predictor",
     "ProjectionHead",
     "ResidualCNN",
+    "SpeechGRU",
+    "SpeechTransformer",
     "TransformerBlock",
     "VisionTransformer",
     "WeightNormLinear",
