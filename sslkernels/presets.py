@@ -78,6 +78,9 @@ def _teacher(steps: int) -> float:
 PRESETS: dict[str, Preset] = {
     "simclr": Preset(lambda steps: methods.SimCLR(_cnn(), dim=32)),
     "moco": Preset(lambda steps: methods.MoCo(_cnn(), dim=32, queue_size=512, momentum=0.99)),
+    "nnclr": Preset(
+        lambda steps: methods.NNCLR(_cnn(), dim=32, hidden_dim=64, predictor_dim=128, queue_size=512), lr=4e-3
+    ),
     "clip": Preset(lambda steps: methods.CLIP(_cnn(), _text_encoder(), dim=32), batch="captions"),
     "siglip": Preset(lambda steps: methods.SigLIP(_cnn(), _text_encoder(), dim=32), batch="captions", lr=4e-3),
     "byol": Preset(

@@ -11,6 +11,7 @@ from sslkernels.methods.ibot import IBOT
 from sslkernels.methods.ijepa import IJEPA
 from sslkernels.methods.mae import MAE
 from sslkernels.methods.moco import MoCo
+from sslkernels.methods.nnclr import NNCLR
 from sslkernels.methods.siglip import SigLIP
 from sslkernels.methods.simclr import SimCLR
 from sslkernels.methods.simmim import SimMIM
@@ -27,6 +28,7 @@ __all__ = [
     "IBOT",
     "IJEPA",
     "MAE",
+    "NNCLR",
     "VJEPA",
     "BarlowTwins",
     "DINOv2",
