@@ -1,11 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What frozen features are worth: the accuracy of k nearest neighbours, and of a linear classifier."""
+"""What frozen features are worth, and whether they have collapsed; `docs/evaluation.md` has protocols and examples."""
 
 from __future__ import annotations
 
 from sslkernels.evaluation.features import extract_features
-from sslkernels.evaluation.knn import knn_accuracy
-from sslkernels.evaluation.metrics import spread, std_of_rows
+from sslkernels.evaluation.knn import KNNClassifier, knn_accuracy, merge_neighbors
+from sslkernels.evaluation.linear import LinearProbe
+from sslkernels.evaluation.metrics import (
+    Alignment,
+    FeatureStd,
+    RankMe,
+    TeacherStudentCosine,
+    Uniformity,
+    alignment,
+    feature_std,
+    rankme,
+    spread,
+    std_of_rows,
+    teacher_student_cosine,
+    uniformity,
+)
 from sslkernels.evaluation.probe import linear_probe
+from sslkernels.evaluation.zero_shot import fill_templates, zero_shot_accuracy, zero_shot_classifier
 
-__all__ = ["extract_features", "knn_accuracy", "linear_probe", "spread", "std_of_rows"]
+__all__ = [
+    "Alignment",
+    "FeatureStd",
+    "KNNClassifier",
+    "LinearProbe",
+    "RankMe",
+    "TeacherStudentCosine",
+    "Uniformity",
+    "alignment",
+    "extract_features",
+    "feature_std",
+    "fill_templates",
+    "knn_accuracy",
+    "linear_probe",
+    "merge_neighbors",
+    "rankme",
+    "spread",
+    "std_of_rows",
+    "teacher_student_cosine",
+    "uniformity",
+    "zero_shot_accuracy",
+    "zero_shot_classifier",
+]
