@@ -19,11 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine, report
 from sslkernels.presets import PRESETS
-from sslkernels.training import Training, steps_in
+from sslkernels.training import TITLES, Training, steps_in
 
 FOLDER = machine.ROOT / "benchmarks" / "results"
 FORM = 1  # of the results file; records of another form are measured again
 NAMESPACE = "sslkernels::"
+# Scores with a column of their own; their place, label and colour in the plot.
+STYLES = {"knn": (-0.13, "kNN", "#1f77b4"), "probe": (0.13, "linear probe", "#d95f02")}
 
 
 def share_of_primitives(training: Training, *, warm: int = 3, steps: int = 10) -> float:
@@ -89,14 +91,16 @@ def load(path: Path, described: dict[str, Any]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     rows = []
     for name, r in results["methods"].items():
-        change = [f"{100 * r['before'][how]:.0f} → **{100 * r['after'][how]:.0f}**" for how in ("knn", "probe")]
+        change = {how: f"{100 * r['before'][how]:.0f} → **{100 * r['after'][how]:.0f}**" for how in r["after"]}
+        others = [f"{TITLES[how]}: {change[how]}" for how in change if how not in STYLES]
         rows.append([
             f"`{name}`", r["data"], f"{r['parameters'] / 1e3:,.0f}k", f"{r['batch_size']}", f"{r['steps']:,}",
-            f"{r['steps_per_second']:.1f}", f"{r['loss'][0]:.3g} → {r['loss'][1]:.3g}", *change,
+            f"{r['steps_per_second']:.1f}", f"{r['loss'][0]:.3g} → {r['loss'][1]:.3g}",
+            *(change.get(how, "-") for how in STYLES), "; ".join(others) or "-",
             f"{100 * r['share']:.1f}%",
         ])  # fmt: skip
     header = ["method", "data", "parameters", "batch", "steps", "steps a second", "loss", "kNN, %", "linear probe, %",
-              "in our primitives"]  # fmt: skip
+              "other score", "in our primitives"]  # fmt: skip
     return report.table(header, rows, right=2)
 
 
@@ -124,20 +128,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, (gain, share) = plt.subplots(
         1, 2, figsize=(11, 1.6 + 0.4 * len(records)), sharey=True, width_ratios=(2, 1), layout="constrained"
     )
-    for offset, how, label, colour in (
-        (-0.13, "knn", "kNN", "#1f77b4"),
-        (0.13, "probe", "linear probe", "#d95f02"),
-    ):
-        for row, record in zip(rows, records.values(), strict=True):
+    labels = {}
+    for row, record in zip(rows, records.values(), strict=True):
+        for how in record["after"]:
+            offset, label, colour = STYLES.get(how, (0.0, "another score", "#7570b3"))
             ends = [100 * record[when][how] for when in ("before", "after")]
             gain.plot(ends, [row + offset] * 2, color=colour, alpha=0.5, zorder=1)
             gain.scatter(ends[:1], [row + offset], s=28, facecolors="white", edgecolors=colour, zorder=2)
-            gain.scatter(ends[1:], [row + offset], s=28, color=colour, label=label if row == 0 else None, zorder=2)
+            labels[label] = gain.scatter(ends[1:], [row + offset], s=28, color=colour, zorder=2)
     gain.set_yticks(list(rows), [f"{name} ({record['data']})" for name, record in records.items()])
     gain.invert_yaxis()
-    gain.set_xlabel("held-out accuracy, %: hollow before, full after")
+    gain.set_xlabel("held-out, %: hollow before, full after")
     gain.grid(axis="x", alpha=0.3)
-    gain.legend(loc="lower left", fontsize="small")
+    gain.legend(labels.values(), labels, loc="lower left", fontsize="small")
     bars = share.barh(list(rows), [100 * record["share"] for record in records.values()], color="#2ca02c")
     share.bar_label(bars, fmt="%.1f", padding=3)
     share.margins(x=0.15)

@@ -239,35 +239,37 @@ def run_method(name: str, *, steps: int | None, seconds: float, out: Path) -> di
     return result
 
 
-ACCURACIES = {"knn": "kNN accuracy, %", "probe": "linear probe, %"}
-
-
 def plot_method(result: dict, path: Path) -> None:
-    """The loss, and bars of both accuracies before and after."""
+    """The loss, and bars of each score before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    from sslkernels.training import TITLES
+
+    scores = list(result["after"])
+    figure = Figure(figsize=(5 + 2 * len(scores), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    curve, *bars = figure.subplots(1, 3, width_ratios=(3, 1, 1))
+    curve, *bars = figure.subplots(1, 1 + len(scores), width_ratios=(3, *(1 for _ in scores)))
     curve.plot(result["curve"], color="tab:blue", linewidth=1)
     curve.set(xlabel="step", ylabel="loss")
-    for axes, (how, title) in zip(bars, ACCURACIES.items(), strict=True):
+    for axes, how in zip(bars, scores, strict=True):
         values = [100 * result[when][how] for when in ("before", "after")]
         axes.bar_label(axes.bar(["before", "after"], values, color=["tab:gray", "tab:blue"]), fmt="%.1f")
-        axes.set(title=title, ylim=(0, 105))
+        axes.set(title=TITLES[how], ylim=(min(0, *values), 105))
     figure.suptitle(f"{result['method']} on the {result['data']}: {result['steps']:,} steps")
     figure.savefig(path, dpi=120)
 
 
 def main_method(name: str, *, steps: int | None, seconds: float, out: Path) -> None:
     """Train, and say in words what came of it."""
+    from sslkernels.training import TITLES
+
     data_name = PRESETS[name].data
     print(f"{name} on the {data_name}, {f'{steps:,} steps' if steps else f'about {seconds:.0f} seconds'}\n")
     result = run_method(name, steps=steps, seconds=seconds, out=out)
     print(f"\n{'held-out':<20}{'untrained':>12}{'trained':>12}")
-    for how, title in ACCURACIES.items():
-        print(f"{title:<20}{100 * result['before'][how]:>12.1f}{100 * result['after'][how]:>12.1f}")
+    for how in result["after"]:
+        print(f"{TITLES[how]:<20}{100 * result['before'][how]:>12.1f}{100 * result['after'][how]:>12.1f}")
     print(f"\nThe plot is {out / f'{name}.png'}, the figures are {out / f'{name}.json'}.")
     next_command = (
         "`python -m sslkernels show mae` draws what it fills in" if name == "mae" else "`make methods` trains all"

@@ -23,7 +23,7 @@ class Preset(NamedTuple):
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
     local ones, "captions" one view and a caption, "images" and "clips" one view. `standardize`: give the network items
-    of mean 0 and deviation 1.
+    of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
     """
 
     make: Callable[[int], Method]
@@ -33,6 +33,7 @@ class Preset(NamedTuple):
     batch_size: int = 128
     weight_decay: float = 0.01
     standardize: bool = False
+    scores: str = "features"
 
 
 def _cnn() -> ResidualCNN:

@@ -12,20 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels import data, video
+from sslkernels import data, text, video
 from sslkernels.evaluation import extract_features, knn_accuracy, linear_probe
 from sslkernels.presets import PRESETS
 
-__all__ = ["Training", "dataset", "steps_in"]
+__all__ = ["TITLES", "Training", "dataset", "steps_in"]
 
 WARMUP = 0.1  # of all steps
 NEIGHBORS = 5
 
 
+# The data sets by the name in `Preset.data`: (train items, train labels, test items, test labels, classes, ...).
+DATA: dict[str, Callable[[], Any]] = {
+    "digits": data.digits,
+    "photographs": data.photographs,
+    "clips": video.clips,
+    "news": lambda: text.passages(text.lee_background()),
+    "articles": lambda: text.passages(text.head500()),
+}
+
+
 @functools.cache
 def dataset(name: str) -> Any:
-    """The data set of this name: (train items, train labels, test items, test labels, classes)."""
-    return video.clips() if name == "clips" else getattr(data, name)()
+    """The data set of this name, made once."""
+    return DATA[name]()
 
 
 class Training:
@@ -43,9 +53,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(weights, lr=self.preset.lr, weight_decay=self.preset.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self.data = dataset(self.preset.data)
-        items = self.data[0]
-        axes = [0, *range(2, items.ndim)]  # all but the channels
-        self.mean, self.std = items.mean(axes, keepdim=True), items.std(axes, keepdim=True)
+        if self.preset.standardize:
+            items = self.data[0]
+            axes = [0, *range(2, items.ndim)]  # all but the channels
+            self.mean, self.std = items.mean(axes, keepdim=True), items.std(axes, keepdim=True)
 
     def batch(self, size: int | None = None) -> Any:
         """What the method takes, from `size` training items drawn without replacement."""
@@ -88,14 +99,8 @@ class Training:
         return extract_features(self.method, train), extract_features(self.method, test)
 
     def accuracy(self) -> dict[str, float]:
-        """Shares of the held-out items that are named rightly by their nearest training items, "knn", and by a linear
-        classifier, "probe"."""
-        train, test = self.features()
-        labels = self.data[1], self.data[3]
-        return {
-            "knn": knn_accuracy(train, labels[0], test, labels[1], k=NEIGHBORS),
-            "probe": linear_probe(train, labels[0], test, labels[1]),
-        }
+        """What the method is worth on the held-out items: scores from 0 to 1, which `TITLES` names."""
+        return SCORES[self.preset.scores](self)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -146,6 +151,21 @@ def _captioned(training: Training, chosen: Tensor) -> tuple[Tensor, Tensor]:
 BATCHES: dict[str, Callable[[Training, Tensor], Any]] = {
     "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items
 }  # fmt: skip
+
+
+def _features(training: Training) -> dict[str, float]:
+    """Shares of the held-out items named rightly by their nearest training items, and by a linear classifier."""
+    train, test = training.features()
+    labels = training.data[1], training.data[3]
+    return {
+        "knn": knn_accuracy(train, labels[0], test, labels[1], k=NEIGHBORS),
+        "probe": linear_probe(train, labels[0], test, labels[1]),
+    }
+
+
+# What `Training.accuracy` tells, by the name in `Preset.scores`; and what each score is called.
+SCORES: dict[str, Callable[[Training], dict[str, float]]] = {"features": _features}
+TITLES = {"knn": "kNN accuracy, %", "probe": "linear probe, %"}
 
 
 def steps_in(name: str, seconds: float) -> int:

@@ -37,12 +37,21 @@ def results(record):
 def test_table_and_text(results):
     text = methods.text(results, "methods.png")
     assert (
-        "| `simclr` | digits | 20k | 128 | 1,234 | 20.2 | 17.2 → 4.56 | 76 → **98** | 89 → **99** | 3.1% |" in text
+        "| `simclr` | digits | 20k | 128 | 1,234 | 20.2 | 17.2 → 4.56 | 76 → **98** | 89 → **99** | - | 3.1% |" in text
         and "| `moco` | digits | 20k | 128 | 9 |" in text
     )
     for part in ("A CPU, 2 cores", "torch 2.13.0, 2 threads", "commit 0123456789;", "![before and after](methods.png)"):
         assert part in text
     assert "uncommitted" not in text
+
+
+def test_methods_with_scores_of_their_own(results, record, tmp_path, monkeypatch):
+    """A score without a column goes into the last one, and a method without a column's score has none there."""
+    monkeypatch.setitem(methods.TITLES, "sense", "sense, %")
+    results["methods"]["other"] = {**record, "before": {"sense": 0.02}, "after": {"sense": 0.125}}
+    assert "| - | - | sense, %: 2 → **12** | 3.1% |" in methods.table(results)
+    methods.draw(results, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_share_counts_the_outermost_ops_once():
