@@ -94,6 +94,19 @@ def vector(name: str, x: Any, rows: int, like: Tensor, dtypes: Sequence[torch.dt
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
 
 
+def mask(x: Any, shape: Sequence[int], like: Tensor) -> None:
+    """`mask` is a bool tensor of that shape on the device of `like`, or None."""
+    if x is None:
+        return
+    tensor("mask", x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"mask must be on {like.device}, got {x.device}")
+
+
 def number(name: str, x: Any, like: Tensor) -> None:
     """`x` is a finite Python number, or a floating tensor of one element on the device of `like` (or on the CPU)."""
     if isinstance(x, Tensor):

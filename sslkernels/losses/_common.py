@@ -13,6 +13,8 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels.ops.contrastive import l2_normalize
 
+IGNORE = -100  # torch.nn.functional.cross_entropy's
+
 
 def check_pair(sample_weight: Tensor | None = None, **tensors: Any) -> None:
     """Two (N, D) floating tensors of one shape, N > 0, and one weight per row."""
@@ -28,6 +30,43 @@ def check_weight(sample_weight: Tensor | None, features: Tensor) -> None:
     if sample_weight is not None:
         check.tensor("sample_weight", sample_weight)
         check.vector("sample_weight", sample_weight, features.shape[0], features, (torch.float32, torch.float64))
+
+
+def check_labels(
+    features: dict[str, Any], labels: Any, classes: tuple[str, Any], bias: Any = None, ignore_index: int = IGNORE
+) -> None:
+    """features: its name and (..., D); labels: (...) of its leading shape; classes: their name and (V, D)."""
+    ((name, x),) = features.items()
+    check.floating(name, x)
+    if x.ndim < 2:
+        raise ValueError(f"{name} must be (..., D), got shape {tuple(x.shape)}")
+    check.features(**{name: x.flatten(0, -2), classes[0]: classes[1]})
+    check.tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"labels must have shape {tuple(x.shape[:-1])}, got {tuple(labels.shape)}")
+    check.same_device("labels", labels, name, x)
+    if labels.numel() == 0:
+        raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
+    if bias is not None:
+        check.vector("bias", bias, classes[1].shape[0], x, check.FLOATS)
+    check.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+    check.ids("labels", labels, classes[1].shape[0], ignore=ignore_index)
+
+
+def check_sequences(**tensors: Any) -> None:
+    """Two floating tensors (B, T, D) of one batch and length, neither of them zero; D may differ."""
+    (first_name, first), (name, x) = tensors.items()
+    for key, value in tensors.items():
+        check.floating(key, value)
+        if value.ndim != 3:
+            raise ValueError(f"{key} must be (B, T, D), got shape {tuple(value.shape)}")
+    check.same_device(name, x, first_name, first)
+    if x.shape[:2] != first.shape[:2]:
+        raise ValueError(f"{name} must have as many frames as {first_name} {tuple(first.shape)}, got {tuple(x.shape)}")
+    if 0 in first.shape[:2]:
+        raise ValueError(f"{first_name} must not be an empty batch, got shape {tuple(first.shape)}")
 
 
 def check_options(

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from sslkernels import _checks as check
 from sslkernels.losses import _common as common
+from sslkernels.losses._cpc import CPCLoss, cpc_loss
 from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather
 from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
 from sslkernels.losses._supcon import supcon
 from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent
+from sslkernels.losses._wav2vec2 import Wav2Vec2Loss, diversity_loss, wav2vec2_loss
 from sslkernels.losses.queue import MemoryQueue
 
 __all__ = [
+    "CPCLoss",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
@@ -32,14 +35,18 @@ __all__ = [
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
+    "Wav2Vec2Loss",
     "clamp_logit_scale_",
     "clip_loss",
+    "cpc_loss",
     "dcl",
+    "diversity_loss",
     "info_nce",
     "mises_fisher_weights",
     "nt_xent",
     "siglip_loss",
     "supcon",
+    "wav2vec2_loss",
 ]
 
 

@@ -4,6 +4,7 @@
 from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
 from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predictor
 from sslkernels.nn.heads import DINOHead, WeightNormLinear
+from sslkernels.nn.quantizers import GumbelVectorQuantizer, VectorQuantizer
 from sslkernels.nn.speech import ConvFeatureEncoder, ConvPositionalEmbedding, SpeechGRU, SpeechTransformer
 from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
 
@@ -12,6 +13,7 @@ __all__ = [
     "ConvPositionalEmbedding",
     "ConvolutionalDecoder",
     "DINOHead",
+    "GumbelVectorQuantizer",
     "MaskedDecoder",
     "Predictor",
     "ProjectionHead",
@@ -19,6 +21,7 @@ __all__ = [
     "SpeechGRU",
     "SpeechTransformer",
     "TransformerBlock",
+    "VectorQuantizer",
     "VisionTransformer",
     "WeightNormLinear",
     "feature_dim",

@@ -3,6 +3,7 @@
 
 from sslkernels.ops.contrastive import (
     Exclude,
+    distractor_counts,
     l2_normalize,
     sampled_logsumexp,
     self_similarity_logsumexp,
@@ -55,6 +56,7 @@ __all__ = [
     "alias_table",
     "average_layers",
     "block_mask",
+    "distractor_counts",
     "ema_update_",
     "embed_patches",
     "enqueue_",

@@ -21,12 +21,14 @@ from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
 from sslkernels.ops import _contrastive as op
 from sslkernels.ops import _contrastive_sums as sum_op
+from sslkernels.ops._contrastive_distractors import distractor_counts
 from sslkernels.ops._emitted import wants_grad
 from sslkernels.reference._precision import compute_dtype
 from sslkernels.reference.contrastive import NOTHING, Exclude, symmetric
 
 __all__ = [
     "Exclude",
+    "distractor_counts",
     "l2_normalize",
     "sampled_logsumexp",
     "self_similarity_logsumexp",

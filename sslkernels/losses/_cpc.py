@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive predictive coding: a context finds the frames that come later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels._autocast import cast_features
+from sslkernels.losses import _common as common
+from sslkernels.ops import contrastive as ops
+from sslkernels.ops.contrastive import Exclude
+from sslkernels.reference._precision import full_precision
+from sslkernels.reference.contrastive import logsumexp
+
+NEGATIVES = ("batch", "sequence")
+
+
+def cpc_loss(
+    context: Tensor,
+    z: Tensor,
+    predictors: Tensor,
+    *,
+    negatives: str = "batch",
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Any:
+    """Contrastive predictive coding: each context names the frames that come k = 1, ..., K steps later.
+
+        s_kij = <predictors_k context_i, z_j>
+        loss_i = -log(exp(s_kip) / sum_j exp(s_kij))        i = (b, t), p = (b, t + k), t < T - k, for each k
+        j: all frames of the batch         negatives="batch"
+           all frames of i's sequence      negatives="sequence"
+        loss = mean over k of the mean over the rows of step k
+
+    Dot products as they are: no normalisation, no temperature. predictors_k is applied to the context, so that a step
+    is one product of two sets of frames, whose matrix is not stored ("batch"), or one for each sequence, (B, T - k, T).
+
+    Source: van den Oord et al. 2018, eq. 3 and 4.
+
+    Args:
+        context: (B, T, C), c_t has seen the frames up to t.
+        z: (B, T, D), the encoder's frames.
+        predictors: (K, D, C), K < T.
+        reduction: "mean", "sum" (over steps and rows), or "none": (K, B, T), 0 where there is no frame t + k.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (mean logits), each (K,).
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats).
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; not more frames than
+            steps; an option out of range.
+
+    Example:
+        >>> context, z = torch.randn(4, 20, 8, requires_grad=True), torch.randn(4, 20, 16, requires_grad=True)
+        >>> cpc_loss(context, z, torch.randn(3, 16, 8)).backward()
+    """
+    common.check_sequences(context=context, z=z)
+    check.floating("predictors", predictors)
+    wanted = (z.shape[2], context.shape[2])
+    if predictors.ndim != 3 or predictors.shape[0] == 0 or predictors.shape[1:] != wanted:
+        raise ValueError(f"predictors must have shape (K, {wanted[0]}, {wanted[1]}), got {tuple(predictors.shape)}")
+    check.same_device("predictors", predictors, "context", context)
+    steps = predictors.shape[0]
+    if context.shape[1] <= steps:
+        raise ValueError(f"context must have more frames than steps ({steps}), got shape {tuple(context.shape)}")
+    check.choice("negatives", negatives, NEGATIVES)
+    common.check_options(reduction)
+    step = _batch_step if negatives == "batch" else _sequence_step
+    context, z, predictors = cast_features(context, z, predictors)
+    dtype = torch.promote_types(context.dtype, predictors.dtype)
+    # time first: the frames that have one k steps later are then a leading block, and that one a fixed distance away
+    context, z = context.transpose(0, 1).contiguous().to(dtype), z.transpose(0, 1).contiguous()
+    results = [step(context, z, w.to(dtype), k, reduction) for k, w in enumerate(predictors, start=1)]
+    losses = torch.stack([loss for loss, _, _ in results])
+    loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    if not return_stats:
+        return loss
+    stats = [common.statistics(positive, top) for _, positive, top in results]
+    return loss, {name: torch.stack([x[name] for x in stats]) for name in stats[0]}
+
+
+def _batch_step(context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, positives and hardest negatives of step k; context and z are (T, B, ...)."""
+    rows, batch = context.shape[0] - k, context.shape[1]
+    q, keys = F.linear(context[:rows].flatten(0, 1), predictor), z.flatten(0, 1)
+    q, keys = cast_features(q, keys)
+    positive = common.row_dot(q, keys[k * batch :])
+    others = Exclude(diagonal=k * batch)
+    if reduction == "none":
+        lse, _, top = ops.similarity_logsumexp(q, keys, 1.0, others, columns=False, return_max=True)
+        return _frames(common.softplus(lse - positive).view(rows, batch), k), positive, top
+    weight = common.row_weight(positive, reduction, None)
+    loss, _, top = ops.similarity_cross_entropy(q, keys, positive, 1.0, weight=weight, exclude=others)
+    return loss, positive, top
+
+
+def _sequence_step(
+    context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = context.shape[0] - k
+    q, keys = F.linear(context[:rows], predictor), z
+    q, keys = (common.wide(x).transpose(0, 1) for x in cast_features(q, keys))  # (B, T - k, D), (B, T, D)
+    q, keys = common.one_dtype(q, keys)
+    positive = common.row_dot(q, keys[:, k:])
+    with full_precision(q):
+        s = torch.bmm(q, keys.mT)  # (B, T - k, T)
+    t = torch.arange(s.shape[2], device=s.device)
+    s = s.masked_fill(t[:rows, None] + k == t, -torch.inf)
+    losses = common.softplus(logsumexp(s, 2) - positive)
+    top = s.detach().amax(2).flatten()
+    if reduction == "none":
+        return _frames(losses.T, k), positive.flatten(), top
+    return (losses.mean() if reduction == "mean" else losses.sum()), positive.flatten(), top
+
+
+def _frames(rows: Tensor, k: int) -> Tensor:
+    """(B, T) of (T - k, B), 0 in the last k frames."""
+    return F.pad(rows.T, (0, k))
+
+
+class CPCLoss(nn.Module):
+    """`cpc_loss` with its predictors, one linear map from the context to the frames for each step.
+
+    Args:
+        context_dim: C.
+        dim: D, of the frames z.
+        steps: K.
+        negatives, reduction: as in `cpc_loss`.
+
+    The parameter `predictors` is (K, D, C); each starts as `torch.nn.Linear`'s weight does.
+
+    Example:
+        >>> context, z = torch.randn(4, 20, 8, requires_grad=True), torch.randn(4, 20, 16, requires_grad=True)
+        >>> CPCLoss(8, 16, steps=3)(context, z).backward()
+    """
+
+    def __init__(
+        self, context_dim: int, dim: int, steps: int = 12, *, negatives: str = "batch", reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        for name, x in (("context_dim", context_dim), ("dim", dim), ("steps", steps)):
+            check.integer(name, x, 1)
+        check.choice("negatives", negatives, NEGATIVES)
+        common.check_options(reduction)
+        self.negatives, self.reduction = negatives, reduction
+        self.predictors = nn.Parameter(torch.empty(steps, dim, context_dim))
+        nn.init.uniform_(self.predictors, -(context_dim**-0.5), context_dim**-0.5)
+
+    def forward(self, context: Tensor, z: Tensor, *, return_stats: bool = False) -> Any:
+        options: dict[str, Any] = {
+            "negatives": self.negatives,
+            "reduction": self.reduction,
+            "return_stats": return_stats,
+        }
+        return cpc_loss(context, z, self.predictors, **options)
+
+    def extra_repr(self) -> str:
+        steps, dim, context_dim = self.predictors.shape
+        sizes = f"context_dim={context_dim}, dim={dim}, steps={steps}"
+        return f"{sizes}, negatives={self.negatives}, reduction={self.reduction}"

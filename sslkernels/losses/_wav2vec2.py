@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of wav2vec 2.0: each masked frame finds its quantized target; all codes are used."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkernels import _checks as check
+from sslkernels._autocast import cast_features
+from sslkernels.losses import _common as common
+from sslkernels.losses._module import Loss
+from sslkernels.ops.contrastive import distractor_counts
+from sslkernels.ops.patches import gather_tokens
+from sslkernels.reference._precision import full_precision
+from sslkernels.reference.contrastive import logsumexp
+
+
+def wav2vec2_loss(
+    context: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    num_negatives: int = 100,
+    temperature: Tensor | float = 0.1,
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """wav2vec 2.0: each masked frame finds its quantized target among distractors.
+
+        s_ij = <unit(context_i), unit(targets_j)> / temperature          i, j: masked frames of one utterance
+        loss_i = -log(exp(s_ii) / (exp(s_ii) + sum over its distractors j of exp(s_ij)))
+        loss = mean over the masked frames
+
+    Distractors are num_negatives draws, uniform over the other masked frames of the utterance, with replacement; a
+    distractor equal to the target, element by element, does not count. fairseq gathers them, several copies of
+    (num_negatives + 1, frames, D); here an utterance's products are one small matrix, weighted by how often each was
+    drawn: memory O(frames^2) for an utterance, whatever num_negatives. fairseq's criterion returns the sum and the
+    number of masked frames, by which the trainer divides. An utterance with one masked frame adds a row of 0.
+
+    Source: Baevski et al. 2020, eq. 3; fairseq `models/wav2vec/wav2vec2.py::{sample_negatives, compute_preds}`.
+
+    Args:
+        context: (B, T, D), the context network's frames after the final projection, not normalised.
+        targets: (B, T, D), the quantized features of the unmasked input; gets its gradient as well.
+        mask: (B, T) bool, True where a frame was hidden; what a padded frame must not be. None: all were, for frames
+            that are gathered already.
+        temperature: number, or tensor of one element, which then gets its gradient.
+        reduction: "mean", "sum", or "none": (B, T), 0 where not masked.
+        generator, seed: of the draws, as in `sslkernels.ops.random_mask`; neither: torch's own generator.
+        return_stats: also return detached `top1` (the target beats all distractors), `positive` and `hardest_negative`
+            (mean logits).
+
+    Returns:
+        The loss, float32 (float64 for float64 input), or (loss, stats). The mean is NaN where no frame is masked.
+
+    Raises:
+        ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
+            range.
+
+    Example:
+        >>> context, targets = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
+        >>> wav2vec2_loss(context, targets, torch.rand(2, 50) < 0.5, seed=0).backward()
+    """
+    common.check_sequences(context=context, targets=targets)
+    if context.shape != targets.shape:
+        raise ValueError(f"targets must have the shape of context {tuple(context.shape)}, got {tuple(targets.shape)}")
+    common.check_options(reduction)
+    check.integer("num_negatives", num_negatives, 1)
+    scale = common.inverse(temperature, context)
+    batch, length, _ = context.shape
+    if mask is None:
+        lengths = torch.full((batch,), length, device=context.device)
+        rank = torch.arange(length, device=context.device).expand(batch, length)
+        mask = torch.ones_like(rank, dtype=torch.bool)
+    else:
+        check.mask(mask, context.shape[:2], context)
+        lengths, rank = mask.sum(1), (mask.cumsum(1) - 1).clamp(min=0)
+        if check.readable(mask):
+            length = max(int(lengths.max()), 1)
+        # masked frames first; what follows them repeats the first one, so that no frame outside of the mask is read
+        frames = (~mask).byte().argsort(dim=1, stable=True)[:, :length]
+        frames = torch.where(torch.arange(length, device=mask.device) < lengths[:, None], frames, frames[:, :1])
+        context, targets = gather_tokens(context, frames), gather_tokens(targets, frames)
+
+    counts = distractor_counts(lengths, length, num_negatives, generator=generator, seed=seed)
+    key = _row_keys(targets.detach())
+    counts = counts.masked_fill(key[:, :, None] == key[:, None, :], 0.0)
+    q, k = cast_features(common.normalize(context), common.normalize(targets))
+    q, k = common.one_dtype(common.wide(q), common.wide(k))
+    with full_precision(q):
+        s = torch.bmm(q, k.mT) * scale  # (B, M, M)
+    drawn = counts > 0
+    s = s.masked_fill(~drawn, -torch.inf)
+    positive = common.row_dot(q, k) * scale
+    rows = common.softplus(logsumexp(s + counts.where(drawn, 1.0).log().to(s.dtype), 2) - positive)  # (B, M)
+    rows = rows.gather(1, rank).where(mask, 0.0)
+    loss = rows if reduction == "none" else rows.sum() / lengths.sum() if reduction == "mean" else rows.sum()
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        top = s.amax(2)
+        share = (torch.arange(length, device=mask.device) < lengths[:, None]) / lengths.sum()
+        stats = {"top1": positive > top, "positive": positive, "hardest_negative": top.where(top > -torch.inf, 0.0)}
+        return loss, {name: (share * x).sum() for name, x in stats.items()}
+
+
+def _row_keys(x: Tensor) -> Tensor:
+    """(B, M) int64 for (B, M, D), the same for equal rows; two others share it with a chance of 2^-64."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = (x + 0.0).contiguous().view(integer).to(torch.int64)  # -0 becomes 0, which it equals
+    column = torch.arange(1, x.shape[-1] + 1, device=x.device) * -0x61C8864680B583EB
+    return _mix(_mix(bits) * (column | 1) + column).sum(-1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 31)) * -0x61C8864680B583EB
+    return x ^ (x >> 29)
+
+
+def diversity_loss(probabilities: Tensor, eps: float = 1e-7) -> Tensor:
+    """wav2vec 2.0's diversity: the share of the codes that are not used, in perplexity.
+
+        loss_i = V - exp(-sum_v p_iv log(p_iv + eps))        i: a group of codes
+        loss = sum of loss_i / (G V)
+
+    Source: Baevski et al. 2020, eq. 4; fairseq `models/wav2vec/wav2vec2.py::get_extra_losses`.
+
+    Args:
+        probabilities: (G, V), the mean over frames of each group's softmax, without noise and temperature:
+            `sslkernels.nn.GumbelVectorQuantizer` returns it.
+
+    Returns:
+        The loss in [0, 1), float32 (float64 for float64 input): 0 where all codes are equally probable.
+
+    Raises:
+        ValueError, TypeError: probabilities of another rank or dtype, or without an element.
+
+    Example:
+        >>> diversity_loss(torch.full((2, 320), 1 / 320)) < 1e-4
+        tensor(True)
+    """
+    check.features(probabilities=probabilities)
+    check.positive("eps", eps)
+    if probabilities.numel() == 0:
+        raise ValueError(f"probabilities must not be empty, got shape {tuple(probabilities.shape)}")
+    p = common.wide(probabilities)
+    return 1.0 - torch.exp(-(p * torch.log(p + eps)).sum(1)).sum() / p.numel()
+
+
+class Wav2Vec2Loss(Loss):
+    """`wav2vec2_loss` as a module, plus its two other terms where their inputs are given.
+
+        loss = contrastive + diversity_weight * diversity_loss(probabilities) + penalty_weight * features_penalty
+
+    fairseq adds the last two times the number of masked frames to the sum over those, and divides all by that number:
+    the same.
+
+    Args:
+        num_negatives: distractors of a frame.
+        temperature: number, or nn.Parameter to be learned.
+        diversity_weight: of `diversity_loss`.
+        penalty_weight: of the penalty, the mean of the squared convolutional features.
+
+    `forward(context, targets, mask=None, probabilities=None, features_penalty=None, *, generator=None, seed=None,
+    return_stats=False)`: `wav2vec2_loss`'s, the mean probabilities (G, V) of the quantizer, and the penalty as a tensor
+    of no dimension. With return_stats the stats also hold what was added, `contrastive`, `diversity` and `penalty`,
+    each detached and before its weight.
+
+    Example:
+        >>> context, targets = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
+        >>> Wav2Vec2Loss()(context, targets, torch.rand(2, 50) < 0.5, torch.full((2, 320), 1 / 320)).backward()
+    """
+
+    def __init__(
+        self,
+        num_negatives: int = 100,
+        temperature: nn.Parameter | float = 0.1,
+        diversity_weight: float = 0.1,
+        penalty_weight: float = 10.0,
+    ) -> None:
+        check.integer("num_negatives", num_negatives, 1)
+        check.in_range("diversity_weight", diversity_weight, 0.0, math.inf)
+        check.in_range("penalty_weight", penalty_weight, 0.0, math.inf)
+        super().__init__(temperature, num_negatives=num_negatives)
+        self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
+
+    def forward(
+        self,
+        context: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        probabilities: Tensor | None = None,
+        features_penalty: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        call = {**self.options, "temperature": self.temperature, "generator": generator, "seed": seed}
+        found = wav2vec2_loss(context, targets, mask, **call, return_stats=return_stats)
+        loss, stats = found if return_stats else (found, {})
+        stats["contrastive"] = loss.detach()
+        if probabilities is not None:
+            diversity = diversity_loss(probabilities)
+            loss, stats["diversity"] = loss + self.diversity_weight * diversity, diversity.detach()
+        if features_penalty is not None:
+            check.number("features_penalty", features_penalty, context)
+            loss, stats["penalty"] = loss + self.penalty_weight * features_penalty, features_penalty.detach()
+        return (loss, stats) if return_stats else loss
+
+    def extra_repr(self) -> str:
+        weights = f"diversity_weight={self.diversity_weight}, penalty_weight={self.penalty_weight}"
+        return f"{super().extra_repr()}, {weights}"
