@@ -30,8 +30,12 @@ def scores(
     v = output_weight[rows.clamp(0, len(output_weight) - 1)].to(dtype)
     bad = (inputs < 0) | (inputs >= len(input_weight)) | ((rows < 0) | (rows >= len(output_weight))).any(1)
     s = (v @ u[..., None]).squeeze(-1).masked_fill(bad[:, None], torch.nan)
-    counts = torch.cat((torch.ones_like(outputs, dtype=torch.bool)[:, None], negatives != outputs[:, None]), 1)
-    return s, counts, rows
+    return s, counted(outputs, negatives), rows
+
+
+def counted(outputs: Tensor, negatives: Tensor) -> Tensor:
+    """(B, 1+K) bool: the positive, and the negatives that are not it."""
+    return torch.cat((torch.ones_like(outputs, dtype=torch.bool)[:, None], negatives != outputs[:, None]), 1)
 
 
 def skipgram(
@@ -81,14 +85,14 @@ def backward_rows(
     for."""
     rows = torch.cat((outputs[:, None], negatives), 1).clamp(0, len(output_weight) - 1)
     u = input_weight[inputs.clamp(0, len(input_weight) - 1)].to(slopes.dtype)
-    weights = slopes * grad.to(slopes.dtype).reshape(-1, 1)
+    weights = (slopes * grad.to(slopes.dtype).reshape(-1, 1))[..., None]  # (B, 1+K, 1)
+    counts = counted(outputs, negatives)[..., None]
     dinput, doutput = input_weight.new_empty(0), output_weight.new_empty(0)
     if mask[0]:
         v = output_weight[rows].to(slopes.dtype)
-        dinput = torch.where(weights[..., None] == 0, 0.0, weights[..., None] * v).sum(1).to(input_weight.dtype)
+        dinput = torch.where(counts, weights * v, 0.0).sum(1).to(input_weight.dtype)
     if mask[1]:
-        du = torch.where(weights[..., None] == 0, 0.0, weights[..., None] * u[:, None])
-        doutput = du.flatten(0, 1).to(output_weight.dtype)
+        doutput = torch.where(counts, weights * u[:, None], 0.0).flatten(0, 1).to(output_weight.dtype)
     return dinput, doutput
 
 
