@@ -7,6 +7,7 @@ The clips have a file of their own, `sslkernels/video.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from sslkernels.video import ClipData, clips
 
 __all__ = [
+    "CAPTION_TEMPLATES",
     "CAPTION_VOCABULARY",
     "DIGIT_CROPS",
     "DIGIT_VIEWS",
@@ -25,6 +27,7 @@ __all__ = [
     "ClipData",
     "ImageData",
     "augment",
+    "caption_tokens",
     "clips",
     "digit_captions",
     "digits",
@@ -129,15 +132,25 @@ def _random_crops(image: Tensor, size: int, count: int, generator: torch.Generat
     return torch.cat(crops)
 
 
+def caption_tokens(captions: Sequence[str]) -> Tensor:
+    """Token ids (N, L) into `CAPTION_VOCABULARY` of texts in its words: int64, padded with 0.
+
+    Example:
+        >>> caption_tokens(["the digit two", "a two"]).ne(0).sum(1)
+        tensor([3, 2])
+    """
+    index = {word: i for i, word in enumerate(CAPTION_VOCABULARY)}
+    rows = [torch.tensor([index[word] for word in caption.split()]) for caption in captions]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def digit_captions(labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """A caption for each digit label (N,), as token ids (N, L) into `CAPTION_VOCABULARY`: int64, padded with 0.
 
     A toy of image-text data, and no more: ten classes under four templates, so captions in a batch repeat and the
     contrastive losses cannot reach zero. It shows that the two towers meet.
     """
-    index = {word: i for i, word in enumerate(CAPTION_VOCABULARY)}
-    rows = [[index[w] for w in t.format(name).split()] for t in CAPTION_TEMPLATES for name in DIGIT_NAMES]
-    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    table = caption_tokens([t.format(name) for t in CAPTION_TEMPLATES for name in DIGIT_NAMES])
     template = torch.randint(len(CAPTION_TEMPLATES), labels.shape, generator=generator)
     return table[template * len(DIGIT_NAMES) + labels.cpu()].to(labels.device)
 

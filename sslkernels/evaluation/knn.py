@@ -75,6 +75,9 @@ class KNNClassifier:
     def add(self, features: Tensor, labels: Tensor) -> KNNClassifier:
         """Put features (N, D) with labels (N,) into the bank, which keeps unit rows in float32."""
         labelled(features, labels)
+        if self._features and features.shape[1] != self._features[0].shape[1]:
+            width = self._features[0].shape[1]
+            raise ValueError(f"features must be {width} wide, as the bank, got shape {tuple(features.shape)}")
         largest = int(labels.max()) if labels.numel() else -1
         if self.num_classes is not None and largest >= self.num_classes:
             raise ValueError(f"labels must be below num_classes ({self.num_classes}), got {largest}")
@@ -135,6 +138,8 @@ class KNNClassifier:
         Features (M, D) with labels (M,), or an iterable of such pairs. As in DINO not more than k classes are among the
         first t, and classes without a vote follow in their order. A class that the bank lacks is never found.
         """
+        for t in top:
+            check.integer("top", t, 1)
         right = {k: dict.fromkeys(top, 0) for k in sorted(set(self.k))}
         total = 0
         for chunk, truth in batches(features, labels, chunk_size):
@@ -151,13 +156,13 @@ class KNNClassifier:
 def place_of(labels: Tensor, scores: Tensor) -> Tensor:
     """How many classes are ahead of the true one in scores (M, C), (M,): those that score more, and smaller equal ones.
 
-    A label beyond the classes, and a score that is not a number, have all C classes ahead of them.
+    A label beyond the classes has all of them ahead of it, and so has one whose score is not a number.
     """
     classes = scores.shape[1]
     own = scores.gather(1, labels.clamp(max=classes - 1)[:, None])
-    smaller = torch.arange(classes, device=scores.device) < labels[:, None]
-    ahead = ((scores > own) | ((scores == own) & smaller)).sum(dim=1)
-    return ahead.where((labels < classes) & (own[:, 0] == own[:, 0]), classes)
+    not_smaller = torch.arange(classes, device=scores.device) >= labels[:, None]
+    behind = (scores < own) | ((scores == own) & not_smaller)  # itself too; of what is not a number neither holds
+    return torch.where(labels < classes, classes - behind.sum(dim=1), classes)
 
 
 def merge_neighbors(shards: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,6 @@ class LinearProbe(nn.Module):
         1.0
     """
 
-    rates: Tensor
     weight: Tensor
     bias: Tensor
     weight_velocity: Tensor
@@ -84,9 +83,9 @@ class LinearProbe(nn.Module):
         check.in_range("momentum", momentum, 0.0, 1.0)
         self.total_steps, self.momentum = total_steps, momentum
         self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False) if batch_norm else None
-        heads = len(learning_rates)
+        self.rates = tuple(rate * batch_size / 256 for rate in sorted(learning_rates))
+        heads = len(self.rates)
         state = {
-            "rates": torch.tensor(sorted(learning_rates)) * (batch_size / 256),
             "weight": torch.empty(heads, num_classes, dim).normal_(std=0.01, generator=generator),
             "bias": torch.zeros(heads, num_classes),
             "weight_velocity": torch.zeros(heads, num_classes, dim),
@@ -111,7 +110,7 @@ class LinearProbe(nn.Module):
         error = log_p.exp_().scatter_add_(2, own, log_p.new_full((1, 1, 1), -1.0).expand_as(own)) / len(x)
         gradients = (error.flatten(1).T @ x).view_as(self.weight), error.sum(dim=0)
 
-        rate = self.rates * (0.5 + 0.5 * math.cos(math.pi * int(self.steps) / self.total_steps))
+        rate = self.weight.new_tensor(self.rates) * (0.5 + 0.5 * math.cos(math.pi * int(self.steps) / self.total_steps))
         for weight, velocity, gradient in zip(
             (self.weight, self.bias), (self.weight_velocity, self.bias_velocity), gradients, strict=True
         ):
@@ -123,7 +122,7 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def accuracies(self, features: Tensor | Batches, labels: Tensor | None = None, *, chunk_size: int = 1024) -> Tensor:
         """Share of items that each head names rightly, (H,) float64; of tensors, or of an iterable of such pairs."""
-        right, total = torch.zeros_like(self.rates, dtype=torch.int64), 0
+        right, total = torch.zeros(len(self.rates), dtype=torch.int64, device=self.weight.device), 0
         for some, truth in batches(features, labels, chunk_size):
             self._check(some)
             logits = self._logits(self._input(some, training=False))

@@ -12,6 +12,7 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels.evaluation._labelled import Batches, batches
 from sslkernels.ops import l2_normalize, topk_similarity
+from sslkernels.reference._precision import compute_dtype
 
 
 def fill_templates(classnames: Sequence[str], templates: Sequence[str | Callable[[str], str]]) -> list[list[str]]:
@@ -75,7 +76,7 @@ def zero_shot_classifier(
         if not len(own):
             raise ValueError(f"prompts[{c}] must not be empty")
     counts = torch.tensor([len(own) for own in prompts])
-    units = torch.cat([_unit(encode_text(some)) for some in _calls(prompts, tokenizer, batch_size)])
+    units = torch.cat([_embeddings(encode_text(some)) for some in _calls(prompts, tokenizer, batch_size)])
     of_class = torch.arange(len(prompts)).repeat_interleave(counts).to(units.device)
     # the sum does for the mean, as it is made unit anyway
     return l2_normalize(units.new_zeros(len(prompts), units.shape[1]).index_add_(0, of_class, units))
@@ -89,9 +90,13 @@ def _calls(prompts: Sequence[Any], tokenizer: Callable[[list[str]], Any] | None,
     return [tokenizer(part) for part in parts] if tokenizer else parts
 
 
-def _unit(x: Tensor) -> Tensor:
+def _embeddings(x: Tensor) -> Tensor:
     check.features(**{"encode_text's embeddings": x})
-    return l2_normalize(x if x.dtype == torch.float64 else x.float())
+    return _unit(x)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return l2_normalize(x.to(compute_dtype(x)))
 
 
 @torch.no_grad()
@@ -129,7 +134,7 @@ def zero_shot_accuracy(
         if len(truth) and int(truth.max()) >= len(classifier):
             raise ValueError(f"labels must be below the {len(classifier)} classes, got {int(truth.max())}")
         best = min(max(topk), len(classifier))
-        score, index = topk_similarity(l2_normalize(features), classifier, best, metric="dot")
+        score, index = topk_similarity(_unit(features), classifier, best, metric="dot")
         found = (index == truth[:, None]) & ~score.isnan()
         for t in topk:
             right[t] += int(found[:, :t].sum())
