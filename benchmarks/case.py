@@ -139,7 +139,7 @@ class Case:
 
 TINY = {
     "N": 24, "D": 16, "K": 96, "V": 80, "M": 24, "classes": 5, "B": 4, "pixels": 48, "L": 196, "T": 120, "grid": 14,
-    "blocks": 1,
+    "blocks": 1, "S": 24, "C": 12,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class Gemms:
     """The bare matrix products that an eager step needs, forward and backward."""
 
     operands: Callable[[Inputs], tuple[Tensor, Tensor]]
-    count: int  # 2 (only rows have a gradient) or 3
+    count: int  # 1 (no gradient, or none through the product), 2 (only rows have a gradient) or 3
     name = "gemm"
 
     def step(self, inputs: Inputs, shape: dict[str, int], batches: int = 1) -> GemmStep:
@@ -29,9 +29,9 @@ class Gemms:
 
 class GemmStep:
     def __init__(self, q: Tensor, k: Tensor, count: int):
-        self.q, self.k, self.count = q, k, count
+        self.q, self.k = q, k
         self.logits = q.new_zeros(q.shape[0], k.shape[0])
-        self.dq, self.dk = torch.zeros_like(q), torch.zeros_like(k)
+        self.gradients = [torch.zeros_like(x) for x in (q, k)[: count - 1]]
 
     def restore(self) -> None:
         pass
@@ -40,9 +40,8 @@ class GemmStep:
         return torch.mm(self.q, self.k.t(), out=self.logits)
 
     def backward(self, logits: Tensor) -> None:
-        torch.mm(logits, self.k, out=self.dq)
-        if self.count == 3:
-            torch.mm(logits.t(), self.q, out=self.dk)
+        for out, (a, b) in zip(self.gradients, ((logits, self.k), (logits.t(), self.q))):
+            torch.mm(a, b, out=out)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def examine(case: Case, contender: Contender, step: ContenderStep, inputs: Input
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     if got.shape != exact.shape:
         return math.inf
-    return ((got.double() - exact).norm() / exact.norm()).item()
+    return ((got.to_dense().double() - exact).norm() / exact.norm()).item()
 
 
 def timed(step: Step, repeats: int) -> tuple[float, float]:

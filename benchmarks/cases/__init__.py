@@ -2,7 +2,7 @@
 """The declared cases, by family."""
 
 from benchmarks.case import Case
-from benchmarks.cases import contrastive, correlation, distillation, ema, masks, patches, regression
+from benchmarks.cases import contrastive, correlation, distillation, ema, masks, neighbors, patches, regression, tokens
 
 FAMILIES: dict[str, tuple[Case, ...]] = {
     "contrastive": contrastive.CASES,
@@ -12,6 +12,8 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
     "masks": masks.CASES,
     "regression": regression.CASES,
     "ema": ema.CASES,
+    "tokens": tokens.CASES,
+    "neighbors": neighbors.CASES,
 }
 
 # The README shows these; docs/benchmarks.md shows all.
@@ -38,6 +40,11 @@ README = (
     "multiblock_mask",
     "span_mask",
     "masked_regression",
+    "linear_cross_entropy-masked",
+    "linear_cross_entropy-causal",
+    "topk_similarity-dot",
+    "nearest",
+    "koleo-4096-1024",
     "ema_update-float32",
     "ema_update-bfloat16",
 )
