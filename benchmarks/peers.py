@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Contender, ContenderStep, Inputs, tensors
-from benchmarks.contenders import contrastive, correlation, distillation, ema, masks, masks_sequence, patches
+from benchmarks.contenders import contrastive, correlation, distillation, ema, masks, masks_sequence, neighbors, patches
 from benchmarks.stats import summary
 from benchmarks.worker import interleave, relative_error
 
@@ -154,6 +154,7 @@ PEERS: dict[Callable[..., Tensor], Peer] = {
         lambda m, i: torch.from_numpy(m._compute_mask_indices((i["B"], i["T"]), i["ratio"], i["span"])),
     ),
     masks_sequence.transformers_tokens: Peer("transformers.data.data_collator", collated_tokens),
+    neighbors.lightly_koleo: Peer("lightly.loss", lambda m, i: m.KoLeoLoss(eps=i["eps"])(i["x"])),
     ema.lightly: Peer("lightly.models.utils", lightly_momentum),
     ema.timm: Peer("timm.utils.model_ema", timm_average),
 }  # fmt: skip

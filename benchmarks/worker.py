@@ -35,6 +35,7 @@ from benchmarks.stats import OURS
 
 FRESH = 1e9  # bytes of batches, of which some cases read a quarter; a copy of 150 MB runs at the speed of memory
 MOST_BATCHES = 128
+WARM = 0.5  # seconds; a step that takes longer is warm after one
 
 
 def check(case: Case, names: list[str]) -> dict[str, Any]:
@@ -107,8 +108,11 @@ def interleave(steps: dict[str, Step], rounds: int, shortest: float) -> dict[str
     """`rounds` samples of each contender, taken in turn; a sample repeats steps until it lasts `shortest` seconds."""
     repeats = {}
     for name, step in steps.items():
-        timed(step, 2)
-        repeats[name] = max(1, math.ceil(shortest / sum(timed(step, 1))))
+        first = sum(timed(step, 1))
+        if first < WARM:
+            timed(step, 1)
+            first = sum(timed(step, 1))
+        repeats[name] = max(1, math.ceil(shortest / first))
     samples: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in steps}
     names = list(steps)
     for turn in range(rounds):

@@ -14,8 +14,6 @@ from benchmarks.contenders import neighbors as contenders
 from benchmarks.floors import Gemms
 from benchmarks.formulas import neighbors as formulas
 
-CLASSES = 100
-
 
 def unit(generator: torch.Generator, *shape: int) -> Tensor:
     return F.normalize(torch.randn(shape, generator=generator), dim=1)
@@ -36,12 +34,12 @@ def koleo_inputs(generator: torch.Generator, N: int, D: int) -> Inputs:
     return {"x": torch.randn(N, D, generator=generator).requires_grad_(), "eps": 1e-8}
 
 
-def knn_inputs(generator: torch.Generator, N: int, M: int, D: int, k: int) -> Inputs:
-    centres = torch.randn(CLASSES, D, generator=generator)
-    truth, labels = (torch.randint(CLASSES, (size,), generator=generator) for size in (N, M))
+def knn_inputs(generator: torch.Generator, N: int, M: int, D: int, k: int, classes: int) -> Inputs:
+    centres = torch.randn(classes, D, generator=generator)
+    truth, labels = (torch.randint(classes, (size,), generator=generator) for size in (N, M))
     queries, keys = (F.normalize(centres[y] + 3 * torch.randn(len(y), D, generator=generator)) for y in (truth, labels))
     return {
-        "queries": queries, "keys": keys, "labels": labels, "truth": truth, "classes": CLASSES, "k": k,
+        "queries": queries, "keys": keys, "labels": labels, "truth": truth, "classes": classes, "k": k,
         "temperature": 0.07,
     }  # fmt: skip
 
@@ -83,4 +81,12 @@ CASES = (
     ),
     koleo(64, 384),
     koleo(4096, 1024, faster("lightly", 1.5)),
+    Case(
+        "knn", "KNNClassifier", {"N": 10_000, "M": 50_000, "D": 128, "k": 20, "classes": 100}, knn_inputs,
+        contenders.KNN, eager=("dino",), formula=formulas.knn, slow=True,
+    ),
+    Case(
+        "uniformity", "uniformity", {"N": 8192, "D": 128}, uniformity_inputs, contenders.UNIFORMITY,
+        eager=("align_uniform",), formula=formulas.uniformity,
+    ),
 )  # fmt: skip

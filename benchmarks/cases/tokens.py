@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
+
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Contender, Goal, Inputs, faster, memory
+from benchmarks.case import SEED, Case, Contender, Goal, Inputs, faster, memory
 from benchmarks.contenders import speech, tokens, words
 from benchmarks.floors import Gemms
 from benchmarks.formulas import tokens as formulas
@@ -55,6 +58,39 @@ def skipgram_inputs(generator: torch.Generator, N: int, K: int, V: int, D: int) 
     }  # fmt: skip
 
 
+def text_inputs(generator: torch.Generator, T: int, D: int) -> Inputs:
+    """The Lee corpus, an article in one piece; its words that come five times or more, up to T of them."""
+    from sslkernels.text import lee_background, words
+
+    articles = [words(" ".join(article)) for article in lee_background()]
+    counts = {word: count for word, count in Counter(chain(*articles)).most_common() if count >= 5}
+    number = {word: i for i, word in enumerate(counts)}
+    ids = [[number[word] for word in article if word in number] for article in articles]
+    tokens, lengths = torch.tensor(list(chain(*ids))), torch.tensor([len(article) for article in ids])
+    again = -(-T // len(tokens))
+    ends = lengths.repeat(again).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends[ends < T], ends.new_full((1,), T)])
+    return {
+        "input_weight": (torch.rand(len(counts), D, generator=generator) - 0.5) / D,
+        "output_weight": torch.zeros(len(counts), D),
+        "tokens": tokens.repeat(again)[:T], "offsets": offsets, "counts": torch.tensor(list(counts.values())),
+    }  # fmt: skip
+
+
+def frames_inputs(generator: torch.Generator, B: int, T: int, D: int, K: int) -> Inputs:
+    """The masked frames of utterances of 10 s. All use the distractors that our loss draws."""
+    from sslkernels.ops.contrastive import distractor_counts
+
+    targets = torch.randn(B, T, D, generator=generator)
+    context = targets + torch.randn(B, T, D, generator=generator)
+    counts = distractor_counts(torch.full((B,), T), T, K, seed=SEED).long()
+    ids = torch.arange(T).expand(B, T, T).flatten().repeat_interleave(counts.flatten()).view(B, T, K)
+    return {
+        "context": context.requires_grad_(), "targets": targets.requires_grad_(), "ids": ids,
+        "temperature": TEMPERATURE, "seed": SEED,
+    }  # fmt: skip
+
+
 def hubert_inputs(generator: torch.Generator, S: int, C: int, D: int) -> Inputs:
     embeddings = torch.rand(C, D, generator=generator) - 0.5
     labels = torch.randint(C, (S,), generator=generator)
@@ -78,6 +114,13 @@ def linear(
     )  # fmt: skip
 
 
+def update(name: str, contenders: tuple[Contender, ...], at_least: float) -> Case:
+    return Case(
+        name, "skipgram_update_", {"T": 300_000, "D": 100}, text_inputs, contenders, eager=("gensim",),
+        holds=formulas.vectors, goals=(faster("gensim", at_least),), variant=name.partition("-")[2], memory=False,
+    )  # fmt: skip
+
+
 CASES = (
     linear("small", 512, 256, 4000, causal_inputs, tokens.SMALL, variant="causal"),
     linear(
@@ -93,8 +136,14 @@ CASES = (
         "skipgram", "skipgram", {"N": 10_000, "K": 5, "V": 10_000, "D": 100}, skipgram_inputs, words.SKIPGRAM,
         eager=("word2vec-pytorch",), formula=formulas.skipgram,
     ),
+    update("skipgram_update", words.UPDATE, 0.6),
+    update("skipgram_update-hogwild", words.HOGWILD, 1.0),
     Case(
         "hubert", "hubert_loss", {"S": 2140, "C": 504, "D": 256}, hubert_inputs, speech.HUBERT,
         eager=("fairseq",), formula=formulas.hubert, slow=True,
+    ),
+    Case(
+        "wav2vec2", "wav2vec2_loss", {"B": 8, "T": 245, "D": 256, "K": 100}, frames_inputs, speech.WAV2VEC2,
+        eager=("fairseq",), formula=formulas.wav2vec2, slow=True,
     ),
 )  # fmt: skip

@@ -188,6 +188,20 @@ def lean_knn(
     return (votes.argmax(1) == truth).float().mean()
 
 
+def bank(inputs: Inputs) -> Inputs:
+    from sslkernels.evaluation import KNNClassifier
+
+    classifier = KNNClassifier(inputs["k"], temperature=inputs["temperature"], num_classes=inputs["classes"])
+    return {
+        "queries": inputs["queries"], "truth": inputs["truth"], "k": inputs["k"],
+        "bank": classifier.fit(inputs["keys"], inputs["labels"]),
+    }  # fmt: skip
+
+
+def ours_knn(queries: Tensor, truth: Tensor, k: int, bank: Any) -> Tensor:
+    return torch.tensor(bank.accuracy(queries, truth)[k][1])
+
+
 def align_uniform(x: Tensor, t: float) -> Tensor:
     return torch.pdist(x, p=2).pow(2).mul(-t).exp().mean().log()
 
@@ -200,9 +214,15 @@ def lean_uniformity(x: Tensor, t: float) -> Tensor:
     return ((total - n) / (n * (n - 1))).log().float()
 
 
+def ours_uniformity(x: Tensor, t: float) -> Tensor:
+    from sslkernels.evaluation import uniformity
+
+    return uniformity(x, t=t)
+
+
 TOP = (
     Contender("sslkernels", ours_top, OURS),
-    Contender("faiss", faiss_top, "faiss-cpu 1.15 itself, an exhaustive index (IndexFlatIP, IndexFlatL2)", prepare=indexed),
+    Contender("faiss", faiss_top, "faiss-cpu 1.15 itself, IndexFlatIP or IndexFlatL2", prepare=indexed),
     Contender("torch", torch_top, "matmul (or cdist) and topk"),
     Contender("torch-chunked", chunked_top, f"the same, {ROWS} queries at a time"),
     Contender("lean", lean_top, f"{LEAN}, the best of {GROUP} keys first"),
@@ -210,7 +230,8 @@ TOP = (
 NEAREST = (
     Contender("sslkernels", ours_nearest, OURS),
     Contender(
-        "faiss", faiss_top, "faiss-cpu 1.15 itself, IndexFlatL2, k = 1", prepare=indexed, result=lambda top: top[1][:, 0]
+        "faiss", faiss_top, "faiss-cpu 1.15 itself, IndexFlatIP or IndexFlatL2", prepare=indexed,
+        result=lambda top: top[1][:, 0],
     ),
     Contender("scikit-learn", sklearn_nearest, "scikit-learn itself, pairwise_distances_argmin", prepare=arrays),
     Contender("torch", torch_nearest, "torch.cdist and argmin"),
@@ -222,4 +243,15 @@ KOLEO = (
     Contender("lightly", lightly_koleo, "lightly, loss/koleo_loss.py, KoLeoLoss"),
     Contender("dinov2", dinov2_koleo, "facebookresearch/dinov2, loss/koleo_loss.py"),
     Contender("lean", lean_koleo, LEAN),
+)
+FLIPS = 5e-3  # of the accuracy: queries whose vote float32 can't decide
+KNN = (
+    Contender("sslkernels", ours_knn, f"{OURS}, KNNClassifier", prepare=bank, limit=FLIPS),
+    Contender("dino", dino_knn, "facebookresearch/dino, eval_knn.py, knn_classifier", limit=FLIPS),
+    Contender("lean", lean_knn, LEAN, limit=FLIPS),
+)
+UNIFORMITY = (
+    Contender("sslkernels", ours_uniformity, OURS),
+    Contender("align_uniform", align_uniform, "SsnL/align_uniform, uniform_loss"),
+    Contender("lean", lean_uniformity, LEAN),
 )

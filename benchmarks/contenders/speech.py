@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contenders for the losses of speech: cosines of frames with all codes (HuBERT), or with sampled frames (wav2vec 2.0)."""
+"""Contenders for the losses of speech: cosines of a frame with all codes (HuBERT) or some frames (wav2vec 2.0)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Contender
+from benchmarks.case import Contender, Inputs
 from benchmarks.contenders.contrastive import LEAN, OURS
 
 
@@ -41,6 +41,10 @@ def ours_hubert(x: Tensor, embeddings: Tensor, labels: Tensor, temperature: floa
     return hubert_loss(x, embeddings, labels, temperature=temperature)
 
 
+def with_ids(inputs: Inputs) -> Inputs:
+    return {name: value for name, value in inputs.items() if name != "seed"}
+
+
 def fairseq_wav2vec2(context: Tensor, targets: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """The distractors as rows, (K, B, T, D)."""
     b, t, d = targets.shape
@@ -58,8 +62,27 @@ def lean_wav2vec2(context: Tensor, targets: Tensor, ids: Tensor, temperature: fl
     return F.softplus(s.gather(2, ids).logsumexp(2) - positive).mean()
 
 
+def with_seed(inputs: Inputs) -> Inputs:
+    return {name: value for name, value in inputs.items() if name != "ids"} | {"count": inputs["ids"].shape[2]}
+
+
+def ours_wav2vec2(context: Tensor, targets: Tensor, temperature: float, seed: int, count: int) -> Tensor:
+    """It draws the distractors itself, the same ones."""
+    from sslkernels.losses import wav2vec2_loss
+
+    return wav2vec2_loss(context, targets, num_negatives=count, temperature=temperature, seed=seed)
+
+
 HUBERT = (
     Contender("sslkernels", ours_hubert, OURS),
     Contender("fairseq", fairseq_hubert, "facebookresearch/fairseq, hubert.py, compute_nce, and hubert_criterion.py"),
     Contender("lean", lean_hubert, LEAN),
 )
+WAV2VEC2 = (
+    Contender("sslkernels", ours_wav2vec2, OURS, prepare=with_seed),
+    Contender(
+        "fairseq", fairseq_wav2vec2, "facebookresearch/fairseq, wav2vec2.py, compute_preds; the distractors are drawn",
+        prepare=with_ids,
+    ),
+    Contender("lean", lean_wav2vec2, LEAN, prepare=with_ids),
+)  # fmt: skip

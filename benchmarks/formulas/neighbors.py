@@ -59,7 +59,7 @@ def nearest(indices: Tensor, queries: Tensor, keys: Tensor) -> str | None:
 
 
 def koleo(x: Tensor, eps: float) -> Tensor:
-    """-mean_i log(|u_i - u_n(i) + eps| + eps); u the rows by their norms, n(i) the other row with the largest <u_i, u>."""
+    """-mean_i log(|u_i - u_n(i) + eps| + eps); u = x / |x|, n(i) the other row j with the largest <u_i, u_j>."""
     u = x / x.norm(dim=1, keepdim=True)
     with torch.no_grad():
         s = u @ u.T

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published formulas of the token losses, written out; run in float64 they judge every contender."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,10 +37,22 @@ def hubert(x: Tensor, embeddings: Tensor, labels: Tensor, temperature: float) ->
     return (s.logsumexp(1) - s.gather(1, labels[:, None])[:, 0]).mean()
 
 
-def wav2vec2(context: Tensor, targets: Tensor, ids: Tensor, temperature: float) -> Tensor:
+def wav2vec2(context: Tensor, targets: Tensor, ids: Tensor, temperature: float, seed: int) -> Tensor:
     """Mean over frames (b, t) of log(sum over itself and its distractors j = ids[b, t, :] of exp(cos(c_bt, q_bj) / T))
     - cos(c_bt, q_bt) / T."""
     s = unit(context) @ unit(targets).mT / temperature  # (B, T, T)
     positive = s.diagonal(dim1=1, dim2=2)
     sampled = s.gather(2, ids)
     return (torch.cat([positive[..., None], sampled], 2).logsumexp(2) - positive).mean()
+
+
+def vectors(result: tuple[Tensor, Tensor], tokens: Tensor, counts: Tensor, **others: object) -> str | None:
+    """A pass from zeros: words are told from their neighbours' negatives better than by chance, which costs
+    6 log 2 with five negatives."""
+    u, v = (table.double() for table in result)
+    if not (u.isfinite().all() and v.isfinite().all()):
+        return "a vector is not finite"
+    draw = torch.Generator().manual_seed(0)
+    negatives = torch.multinomial(counts.double() ** 0.75, 5 * (len(tokens) - 1), replacement=True, generator=draw)
+    loss = skipgram(u, v, tokens[1:].long(), tokens[:-1].long(), negatives.view(-1, 5)).item()
+    return None if loss < 6 * math.log(2) else f"the loss is {loss:.4f}, no better than chance"

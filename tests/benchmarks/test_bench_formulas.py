@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import overflow
 from benchmarks.cases import find
-from benchmarks.formulas import ema
+from benchmarks.formulas import ema, neighbors, tokens
 
 
 def swapped(ids):
@@ -96,6 +96,46 @@ def test_an_average_that_is_not_rounded_at_random_is_seen(update):
     targets = [t.clone() for t in inputs["targets"]]
     result = [update(t, s, inputs["momentum"]) for t, s in zip(targets, inputs["sources"], strict=True)]
     assert ema.rounded_at_random(result, **inputs)
+
+
+def top_of_three(metric):
+    queries, keys = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).split([1, 3])
+    scores = queries @ keys.T if metric == "dot" else -torch.cdist(queries, keys).square()
+    values, indices = scores.sort(descending=True)
+    return queries, keys, values.abs() if metric == "l2" else values, indices
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_wrong_neighbours_are_seen(metric):
+    queries, keys, values, indices = top_of_three(metric)
+    judge = {"queries": queries, "keys": keys, "k": 2, "metric": metric}
+    assert neighbors.top((values[:, :2], indices[:, :2]), **judge) is None
+    assert "worse" in neighbors.top((values[:, 1:], indices[:, 1:]), **judge)
+    assert "first" in neighbors.top((values[:, :2].flip(1), indices[:, :2].flip(1)), **judge)
+    assert "off by" in neighbors.top((values[:, :2] * 1.01, indices[:, :2]), **judge)
+    assert "twice" in neighbors.top((values[:, [0, 0]], indices[:, [0, 0]]), **judge)
+    assert "outside" in neighbors.top((values[:, :2], indices[:, :2] + 3), **judge)
+    assert "expected" in neighbors.top((values, indices), **judge)
+
+
+def test_a_wrong_nearest_key_is_seen():
+    queries, keys, _, indices = top_of_three("l2")
+    judge = {"queries": queries, "keys": keys}
+    assert neighbors.nearest(indices[:, 0], **judge) is None
+    assert "farther" in neighbors.nearest(indices[:, 1], **judge)
+    assert "outside" in neighbors.nearest(indices[:, 0] + 3, **judge)
+    assert "expected" in neighbors.nearest(indices, **judge)
+
+
+def test_word_vectors_that_learned_nothing_are_seen():
+    case = find("skipgram_update").tiny()
+    inputs = case.make_inputs()
+    start = inputs["input_weight"], inputs["output_weight"]
+    assert tokens.vectors(start, **inputs) == "the loss is 4.1589, no better than chance"
+    trained = case.step("sslkernels", inputs).forward()
+    assert tokens.vectors(trained, **inputs) is None
+    assert tokens.vectors((trained[0], -trained[1]), **inputs)
+    assert "finite" in tokens.vectors((trained[0] * torch.nan, trained[1]), **inputs)
 
 
 def test_where_the_originals_overflow_ours_is_exact():

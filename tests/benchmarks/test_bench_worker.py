@@ -281,6 +281,21 @@ def test_gemm_floor_does_the_products():
     torch.testing.assert_close(step.gradients[1], k @ q.T @ q)
 
 
+def test_the_floor_of_a_search_is_one_product():
+    case = find("nearest").tiny()
+    inputs = case.make_inputs()
+    step = case.step("gemm", inputs)
+    step.backward(step.forward())
+    torch.testing.assert_close(step.logits, inputs["queries"] @ inputs["keys"].T)
+    assert step.gradients == [] and case.floor.describe(case.shape) == {"products": 1}
+
+
+def test_a_sparse_gradient_is_judged_like_a_dense_one():
+    x = torch.eye(3).to_sparse()
+    assert worker.relative_error(x, torch.eye(3).double()) == 0.0
+    assert worker.relative_error(x, 2 * torch.eye(3).double()) == 0.5
+
+
 def test_gram_floor_does_the_products():
     case = find("barlow_twins-256-8192").tiny()
     inputs = case.make_inputs()
