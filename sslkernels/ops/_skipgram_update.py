@@ -87,9 +87,11 @@ def skipgram_update_(
 
     All random numbers are Philox(seed, position in the text), so the pairs and negatives do not depend on threads.
     By default the result does not either: it is exactly the loop above, bit-identical at every thread count; one
-    thread makes the steps while another prepares the pairs. `hogwild=True` shares the sentences out among the threads,
-    which write the same rows without locks, as word2vec and gensim do: with more than one thread it is faster and
-    NOT reproducible.
+    thread owns all rows and makes the steps, another draws the pairs of the next block.
+
+    `hogwild=True` shares the sentences out among the threads, which write the same rows without locks, as word2vec and
+    gensim do: NOT reproducible with more than one thread. It is for large vocabularies and many threads; where few
+    words make most of the text, the threads wait for each other's rows, and it may be slower than the default.
 
     Args:
         input_weight, output_weight: (V, D), both float32 or both float64, contiguous, on the CPU, not overlapping. They
