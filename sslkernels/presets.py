@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sslkernels import data, methods
+from sslkernels import data, methods, words
 from sslkernels.methods._method import Method
 from sslkernels.nn import ResidualCNN, VisionTransformer
 
@@ -22,8 +22,8 @@ class Preset(NamedTuple):
     """`make(total_steps)` builds the method; momentum schedules end with the training.
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
-    local ones, "captions" one view and a caption, "images" and "clips" one view. `standardize`: give the network items
-    of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
+    local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words.
+    `standardize`: give the network items of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
     """
 
     make: Callable[[int], Method]
@@ -180,5 +180,13 @@ PRESETS: dict[str, Preset] = {
         ),
         **_PHOTOGRAPHS,
         batch_size=32,
+    ),
+    "word2vec": Preset(
+        lambda steps: methods.Word2Vec(words.word_pairs().vocabulary.counts, dim=64),
+        data="words",
+        batch="pairs",
+        batch_size=2048,
+        lr=2e-2,
+        scores="contexts",
     ),
 }

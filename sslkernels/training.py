@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels import data, text, video
-from sslkernels.evaluation import extract_features, knn_accuracy, linear_probe
+from sslkernels import data, text, video, words
+from sslkernels.evaluation import context_accuracy, extract_features, knn_accuracy, linear_probe
+from sslkernels.methods import Word2Vec
 from sslkernels.presets import PRESETS
 
 __all__ = ["TITLES", "Training", "dataset", "steps_in"]
@@ -29,6 +30,7 @@ DATA: dict[str, Callable[[], Any]] = {
     "clips": video.clips,
     "news": lambda: text.passages(text.lee_background()),
     "articles": lambda: text.passages(text.head500()),
+    "words": words.word_pairs,
 }
 
 
@@ -147,9 +149,14 @@ def _captioned(training: Training, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return _view(training, chosen), data.digit_captions(training.data[1][chosen], generator=training.generator)
 
 
+def _columns(training: Training, chosen: Tensor) -> tuple[Tensor, ...]:
+    return training.data[0][chosen].unbind(1)
+
+
 # What a step takes of the chosen items, by the name in `Preset.batch`.
 BATCHES: dict[str, Callable[[Training, Tensor], Any]] = {
-    "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items
+    "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items,
+    "pairs": _columns,
 }  # fmt: skip
 
 
@@ -163,9 +170,16 @@ def _features(training: Training) -> dict[str, float]:
     }
 
 
+def _contexts(training: Training) -> dict[str, float]:
+    """Whether a held-out word knows its context from another's."""
+    method = training.method
+    assert isinstance(method, Word2Vec)
+    return {"contexts": context_accuracy(method.input_weight, method.output_weight, training.data[1])}
+
+
 # What `Training.accuracy` tells, by the name in `Preset.scores`; and what each score is called.
-SCORES: dict[str, Callable[[Training], dict[str, float]]] = {"features": _features}
-TITLES = {"knn": "kNN accuracy, %", "probe": "linear probe, %"}
+SCORES: dict[str, Callable[[Training], dict[str, float]]] = {"features": _features, "contexts": _contexts}
+TITLES = {"knn": "kNN accuracy, %", "probe": "linear probe, %", "contexts": "contexts known, %"}
 
 
 def steps_in(name: str, seconds: float) -> int:

@@ -21,6 +21,7 @@ from sslkernels.evaluation.metrics import (
     uniformity,
 )
 from sslkernels.evaluation.probe import linear_probe
+from sslkernels.evaluation.words import WordScore, context_accuracy, spearman, word_analogies, word_similarity
 from sslkernels.evaluation.zero_shot import fill_templates, zero_shot_accuracy, zero_shot_classifier
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "RankMe",
     "TeacherStudentCosine",
     "Uniformity",
+    "WordScore",
     "alignment",
+    "context_accuracy",
     "extract_features",
     "feature_std",
     "fill_templates",
@@ -39,10 +42,13 @@ __all__ = [
     "linear_probe",
     "merge_neighbors",
     "rankme",
+    "spearman",
     "spread",
     "std_of_rows",
     "teacher_student_cosine",
     "uniformity",
+    "word_analogies",
+    "word_similarity",
     "zero_shot_accuracy",
     "zero_shot_classifier",
 ]

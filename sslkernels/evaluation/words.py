@@ -14,14 +14,14 @@ from sslkernels import _checks as check
 from sslkernels.ops import topk_similarity
 from sslkernels.text import corpus
 
-__all__ = ["WordScore", "spearman", "word_analogies", "word_similarity"]
+__all__ = ["WordScore", "context_accuracy", "spearman", "word_analogies", "word_similarity"]
 
 
 class WordScore(NamedTuple):
     """A score, the questions it stands on, and how many there were with those whose words are not all known."""
 
     score: float
-    count: int
+    known: int
     total: int
 
 
@@ -47,8 +47,8 @@ def word_similarity(vectors: Tensor, index: Mapping[str, int], path: Path | None
             ships.
 
     Example:
-        >>> score, count, total = word_similarity(torch.randn(2, 8), {"old": 0, "new": 1})
-        >>> count, total
+        >>> score, known, total = word_similarity(torch.randn(2, 8), {"old": 0, "new": 1})
+        >>> known, total
         (1, 999)
 
     Source: Hill et al. 2015 (arXiv:1408.3456).
@@ -77,7 +77,7 @@ def word_analogies(vectors: Tensor, index: Mapping[str, int], path: Path | None 
 
     Example:
         >>> index = {"athens": 0, "greece": 1, "baghdad": 2, "iraq": 3}
-        >>> word_analogies(torch.eye(4), index).count
+        >>> word_analogies(torch.eye(4), index).known
         2
 
     Source: Mikolov et al. 2013 (arXiv:1301.3781); Levy and Goldberg 2014 for the name.
@@ -95,6 +95,32 @@ def word_analogies(vectors: Tensor, index: Mapping[str, int], path: Path | None 
     asked = (ids[..., None] == torch.stack((a, b, c), 1)[:, None]).any(-1)
     best = ids.gather(1, asked.int().argsort(dim=1, stable=True)[:, :1]).squeeze(1)
     return WordScore(float((best == answer).double().mean()), len(known), len(rows))
+
+
+@torch.no_grad()
+def context_accuracy(input_weight: Tensor, output_weight: Tensor, pairs: Tensor, *, seed: int = 0) -> float:
+    """How often a word's score with its own context is above that with another pair's context: 0.5 is chance.
+
+        mean over b of [<u_b, v_b> > <u_b, v_b'>] + [equal] / 2         b' another pair, chosen at random
+
+    Both contexts come from the same pairs, so that a word's frequency alone gives no advantage.
+
+    Args:
+        input_weight, output_weight: (V, D) and (W, D).
+        pairs: (P, 2) int64, rows of both, P > 1; best not those that were trained on.
+
+    Example:
+        >>> context_accuracy(torch.eye(3), torch.eye(3), torch.tensor([[0, 0], [1, 1], [2, 2]]))
+        1.0
+    """
+    check.features(input_weight=input_weight, output_weight=output_weight)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) < 2:
+        raise ValueError(f"pairs must have shape (P, 2) with P > 1, got {tuple(pairs.shape)}")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).to(pairs.device)
+    other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # along one cycle: none is its own
+    u, v = input_weight[pairs[:, 0]].float(), output_weight[pairs[:, 1]].float()
+    own, others = (u * v).sum(1), (u * v[other]).sum(1)
+    return float(((own > others).double() + (own == others).double() / 2).mean())
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -20,6 +20,7 @@ from sslkernels.methods.swav import SwAV
 from sslkernels.methods.vicreg import VICReg
 from sslkernels.methods.videomae import VideoMAE
 from sslkernels.methods.vjepa import VJEPA
+from sslkernels.methods.word2vec import Word2Vec
 
 __all__ = [
     "BYOL",
@@ -41,4 +42,5 @@ __all__ = [
     "SwAV",
     "VICReg",
     "VideoMAE",
+    "Word2Vec",
 ]

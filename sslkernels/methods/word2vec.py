@@ -104,7 +104,6 @@ class Word2Vec(Method):
         starts = offsets.tolist()
         total, done = epochs * len(tokens) + 1, 0
         seed = int(seed_tensor(None, generator))
-        options = {"window": self.window, "negatives": self.negatives, "keep": self.keep, "hogwild": hogwild}
         for _ in range(epochs):
             first = 0
             while first + 1 < len(starts):
@@ -112,9 +111,18 @@ class Word2Vec(Method):
                 text = tokens[starts[first] : starts[last]]
                 now = lr * max(1 - done / total, min_lr_ratio)
                 seed = (seed + 1) % 2**63
-                weights = self.input_weight, self.output_weight
                 skipgram_update_(
-                    *weights, text, offsets[first : last + 1] - starts[first], now, self.table, seed=seed, **options
+                    self.input_weight,
+                    self.output_weight,
+                    text,
+                    offsets[first : last + 1] - starts[first],
+                    now,
+                    self.table,
+                    window=self.window,
+                    negatives=self.negatives,
+                    keep=self.keep,
+                    seed=seed,
+                    hogwild=hogwild,
                 )
                 first, done = last, done + len(text)
 
