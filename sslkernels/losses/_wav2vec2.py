@@ -16,7 +16,6 @@ from sslkernels.losses._module import Loss
 from sslkernels.ops.contrastive import distractor_counts
 from sslkernels.ops.patches import gather_tokens
 from sslkernels.reference._precision import full_precision
-from sslkernels.reference.contrastive import logsumexp
 
 
 def wav2vec2_loss(
@@ -90,21 +89,22 @@ def wav2vec2_loss(
 
     counts = distractor_counts(lengths, length, num_negatives, generator=generator, seed=seed)
     key = _row_keys(targets.detach())
-    counts = counts.masked_fill(key[:, :, None] == key[:, None, :], 0.0)
+    counts.masked_fill_(key[:, :, None] == key[:, None, :], 0.0)
+    some = counts.any(2)
+    counts.masked_fill_(~some[:, :, None], 1.0)  # a log-sum-exp of nothing has no gradient
     q, k = cast_features(common.normalize(context), common.normalize(targets))
     q, k = common.one_dtype(common.wide(q), common.wide(k))
+    multiplicity = counts.to(q.dtype).log()
     with full_precision(q):
-        s = torch.bmm(q, k.mT) * scale  # (B, M, M)
-    drawn = counts > 0
-    s = s.masked_fill(~drawn, -torch.inf)
+        s = torch.baddbmm(multiplicity, q * scale, k.mT)  # (B, M, M), -inf where nothing was drawn
     positive = common.row_dot(q, k) * scale
-    rows = common.softplus(logsumexp(s + counts.where(drawn, 1.0).log().to(s.dtype), 2) - positive)  # (B, M)
+    rows = common.softplus(torch.logsumexp(s, 2) - positive).where(some, 0.0)  # (B, M)
     rows = rows.gather(1, rank).where(mask, 0.0)
     loss = rows if reduction == "none" else rows.sum() / lengths.sum() if reduction == "mean" else rows.sum()
     if not return_stats:
         return loss
     with torch.no_grad():
-        top = s.amax(2)
+        top = (s - multiplicity).where((counts > 0) & some[:, :, None], -torch.inf).amax(2)
         share = (torch.arange(length, device=mask.device) < lengths[:, None]) / lengths.sum()
         stats = {"top1": positive > top, "positive": positive, "hardest_negative": top.where(top > -torch.inf, 0.0)}
         return loss, {name: (share * x).sum() for name, x in stats.items()}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels.ops.neighbors import nearest
 from sslkernels.reference._precision import compute_dtype, full_precision
+
+
+def _check_rows(x: Any, width: int) -> None:
+    check.floating("x", x)
+    if x.ndim < 2 or x.shape[-1] != width:
+        raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"x must not be an empty batch, got shape {tuple(x.shape)}")
 
 
 class Quantized(NamedTuple):
@@ -47,7 +55,8 @@ class VectorQuantizer(nn.Module):
         decay: of the averages, None for a codebook that is learned by gradient.
         eps: of the smoothing, which keeps codes that nobody chooses finite.
 
-    Codes start uniform in +-1/K, as in VQ-VAE. Statistics are of the own process.
+    Codes start uniform in +-1/K, as in VQ-VAE. Averages are of the own process; in 16 bits they would stall, so that
+    the module should stay in float32, as it does under autocast.
 
     Source: van den Oord et al. 2017, eq. 3 and appendix A.1.
 
@@ -81,9 +90,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("total", codebook.clone())
 
     def forward(self, x: Tensor) -> Quantized:
-        check.floating("x", x)
-        if x.ndim < 1 or x.shape[-1] != self.codebook.shape[1]:
-            raise ValueError(f"x must have shape (..., {self.codebook.shape[1]}), got {tuple(x.shape)}")
+        _check_rows(x, self.codebook.shape[1])
         rows = x.reshape(-1, x.shape[-1])
         ids = nearest(rows, self.codebook, metric="l2")[1]
         codes = F.embedding(ids, self.codebook)
@@ -102,8 +109,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, rows: Tensor, ids: Tensor, decay: float) -> None:
         rows = rows.to(self.total.dtype)
+        # what the gradient of an embedding is, whose order of summation is fixed on every device
+        sums = torch.ops.aten.embedding_dense_backward(rows, ids, self.codebook.shape[0], -1, False)
         self.count.lerp_(torch.zeros_like(self.count).index_add_(0, ids, torch.ones_like(rows[:, 0])), 1 - decay)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, ids, rows), 1 - decay)
+        self.total.lerp_(sums, 1 - decay)
         n = self.count.sum()
         smooth = (self.count + self.eps) / (n + len(self.count) * self.eps) * n
         self.codebook.copy_(self.total / smooth[:, None])
@@ -195,10 +204,7 @@ class GumbelVectorQuantizer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> GumbelQuantized:
-        check.floating("x", x)
-        width = self.weight_proj.in_features
-        if x.ndim < 2 or x.shape[-1] != width:
-            raise ValueError(f"x must have shape (..., {width}), got {tuple(x.shape)}")
+        _check_rows(x, self.weight_proj.in_features)
         check.mask(mask, x.shape[:-1], x)
         logits = self.weight_proj(x.flatten(0, -2))
         dtype = logits.dtype
@@ -213,14 +219,12 @@ class GumbelVectorQuantizer(nn.Module):
         if self.training:
             hard = hard + (soft - soft.detach())  # + 0: the sum below is exactly a code
         codes = self.vars.view(-1, self.num_vars, self.vars.shape[-1]).expand(self.groups, -1, -1)  # (G, V, d)
+        shape, count = x.shape[:-1], logits.shape[0]
+        weight = logits.new_full((count,), 1 / count) if mask is None else mask.flatten() / mask.sum().to(logits.dtype)
         with full_precision(x):
             out = torch.bmm(hard.transpose(0, 1), codes.to(hard.dtype)).transpose(0, 1)  # (N, G, d)
-        shape = x.shape[:-1]
-        weight = torch.full_like(logits[:, 0, 0], 1 / max(len(logits), 1))
-        if mask is not None:
-            weight = mask.flatten() / mask.sum().to(logits.dtype)
-        probabilities = torch.einsum("n,ngv->gv", weight, logits.softmax(-1))
-        usage = torch.einsum("n,ngv->gv", weight, self._one_hot(best, logits))
+            probabilities = torch.einsum("n,ngv->gv", weight, logits.softmax(-1))
+            usage = torch.einsum("n,ngv->gv", weight, self._one_hot(best, logits))
         return GumbelQuantized(
             out.reshape(*shape, -1).to(dtype),
             ids.view(*shape, self.groups),
