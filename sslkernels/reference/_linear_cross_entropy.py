@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.reference._precision import compute_dtype
+from sslkernels.reference._precision import compute_dtype, full_precision
 from sslkernels.reference.contrastive import logsumexp
 
 
@@ -105,7 +105,8 @@ class _Logits(NamedTuple):
 
 def _logits(rows: _Rows, weight: Tensor, bias: Tensor | None) -> _Logits:
     dtype = compute_dtype(rows.x, weight, *(() if bias is None else (bias,)))
-    x = F.linear(rows.x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    with full_precision(weight):
+        x = F.linear(rows.x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     at = rows.target[:, None]
     own, others = x.gather(1, at)[:, 0], logsumexp(x.scatter(1, at, -torch.inf), 1)
     # as a softmax that subtracts its largest logit
@@ -131,8 +132,9 @@ def _gradients(rows, x, weight, grad, smoothing, z_loss, mask):
     slopes = slopes.scatter(1, rows.target[:, None], at_target[:, None])
     slopes = rows.finish(slopes * grad[:, None])
     none = slopes.new_empty(0)
-    return (
-        rows.put(slopes @ weight.to(slopes.dtype)) if mask[0] else none,
-        slopes.T @ rows.x.to(slopes.dtype) if mask[1] else none,
-        slopes.sum(0) if mask[2] else none,
-    )
+    with full_precision(weight):
+        return (
+            rows.put(slopes @ weight.to(slopes.dtype)) if mask[0] else none,
+            slopes.T @ rows.x.to(slopes.dtype) if mask[1] else none,
+            slopes.sum(0) if mask[2] else none,
+        )
