@@ -37,6 +37,7 @@ class Contender:
     result: Callable[[Any], Any] = lambda output: output
     compile: bool = False  # timed as torch.compile makes it
     changes: tuple[str, ...] = ()
+    real: bool = False  # a package as it is installed, where the others restate what it does
     limit: float = LIMIT  # the relative error up to which it is timed
 
     def compiled(self) -> Contender:
@@ -104,7 +105,7 @@ class Case:
     variant: str = ""  # tells apart cases of one op and shape
     changes: tuple[str, ...] = ()  # inputs that every contender overwrites
     fresh: bool = False  # timed on one batch after the other, so that none is in a cache
-    slow: bool = False  # eager takes a second: fewer rounds where no goal is judged
+    slow: bool = False  # a round takes seconds: fewer of them where no goal is judged
     memory: bool = True  # whether peak memory says anything
     images_per_row: float = 0  # encoder passes (forward + backward) that one row of N costs in training; 0: no share
 

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Contender, ContenderStep, Inputs, tensors
-from benchmarks.contenders import contrastive, correlation, distillation, ema, masks, masks_sequence, neighbors, patches
+from benchmarks.contenders import (
+    contrastive,
+    correlation,
+    distillation,
+    distillation_codes,
+    ema,
+    masks,
+    masks_sequence,
+    neighbors,
+    patches,
+)
 from benchmarks.stats import summary
 from benchmarks.worker import interleave, relative_error
 
@@ -136,8 +146,8 @@ PEERS: dict[Callable[..., Tensor], Peer] = {
     correlation.lightly_frossl: Peer("lightly.loss.frossl_loss", lambda m, i: m.FroSSLLoss()([i["z_a"], i["z_b"]])),
     distillation.lightly_dino: Peer("lightly.loss.dino_loss", lightly_dino),
     distillation.lightly_patches: Peer("lightly.loss.ibot_loss", lightly_ibot),
-    distillation.lightly_swav: Peer("lightly.loss.swav_loss", lightly_swav),
-    distillation.lightly_sinkhorn: Peer(
+    distillation_codes.lightly_swav: Peer("lightly.loss.swav_loss", lightly_swav),
+    distillation_codes.lightly_sinkhorn: Peer(
         "lightly.loss.swav_loss", lambda m, i: m.sinkhorn(i["scores"], i["iterations"], i["epsilon"])
     ),
     patches.lightly_gather: Peer(
@@ -154,7 +164,7 @@ PEERS: dict[Callable[..., Tensor], Peer] = {
         lambda m, i: torch.from_numpy(m._compute_mask_indices((i["B"], i["T"]), i["ratio"], i["span"])),
     ),
     masks_sequence.transformers_tokens: Peer("transformers.data.data_collator", collated_tokens),
-    neighbors.lightly_koleo: Peer("lightly.loss", lambda m, i: m.KoLeoLoss(eps=i["eps"])(i["x"])),
+    neighbors.lightly_koleo: Peer("lightly.loss.koleo_loss", lambda m, i: m.KoLeoLoss(eps=i["eps"])(i["x"])),
     ema.lightly: Peer("lightly.models.utils", lightly_momentum),
     ema.timm: Peer("timm.utils.model_ema", timm_average),
 }  # fmt: skip
@@ -214,7 +224,7 @@ def compare(cases: list[Case], say: Callable[[str], None] = print) -> bool:
         small = case.sized(N=min(case.shape["N"], LARGEST)) if "N" in case.shape else case
         for contender in case.contenders:
             key = (contender.call, *small.shape.values())
-            if contender.name not in case.eager or contender.compile or key in seen:
+            if contender.name not in case.eager or contender.real or contender.compile or key in seen:
                 continue
             seen.add(key)
             label = f"{case.op} {small.shape}: {contender.name}"

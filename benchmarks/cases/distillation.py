@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.case import Case, Contender, Inputs, faster, memory, within
 from benchmarks.contenders import distillation as contenders
+from benchmarks.contenders import distillation_codes as codes
 from benchmarks.floors import Copy, Gemms
 from benchmarks.formulas import distillation as formulas
 
@@ -124,12 +125,12 @@ CASES = (
         eager=("dinov2", "lightly"), formula=formulas.ibot_patches, floor=Copy(patch_bytes),
     ),
     Case(
-        "sinkhorn_knopp", "sinkhorn_knopp", {"B": 256, "K": 65536}, sinkhorn_inputs, contenders.SINKHORN,
+        "sinkhorn_knopp", "sinkhorn_knopp", {"B": 256, "K": 65536}, sinkhorn_inputs, codes.SINKHORN,
         eager=("dinov2", "lightly"), formula=formulas.sinkhorn_codes, floor=Copy(sinkhorn_bytes),
         goals=(faster("dinov2", 4), faster("lean", 2)), variant="3 iterations",
     ),
     Case(
-        "swav", "swav_loss", {"B": 64, "K": 3000}, swav_inputs, contenders.SWAV,
+        "swav", "swav_loss", {"B": 64, "K": 3000}, swav_inputs, codes.SWAV,
         eager=("swav", "lightly"), formula=formulas.swav, variant="2 + 6 crops",
     ),
 )  # fmt: skip

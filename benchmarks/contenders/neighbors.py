@@ -220,21 +220,19 @@ def ours_uniformity(x: Tensor, t: float) -> Tensor:
     return uniformity(x, t=t)
 
 
+FAISS = "faiss-cpu 1.15, IndexFlatIP or IndexFlatL2"
 TOP = (
     Contender("sslkernels", ours_top, OURS),
-    Contender("faiss", faiss_top, "faiss-cpu 1.15 itself, IndexFlatIP or IndexFlatL2", prepare=indexed),
-    Contender("torch", torch_top, "matmul (or cdist) and topk"),
+    Contender("faiss", faiss_top, FAISS, prepare=indexed, real=True),
+    Contender("torch", torch_top, "matmul (or cdist) and topk", real=True),
     Contender("torch-chunked", chunked_top, f"the same, {ROWS} queries at a time"),
     Contender("lean", lean_top, f"{LEAN}, the best of {GROUP} keys first"),
 )  # fmt: skip
 NEAREST = (
     Contender("sslkernels", ours_nearest, OURS),
-    Contender(
-        "faiss", faiss_top, "faiss-cpu 1.15 itself, IndexFlatIP or IndexFlatL2", prepare=indexed,
-        result=lambda top: top[1][:, 0],
-    ),
-    Contender("scikit-learn", sklearn_nearest, "scikit-learn itself, pairwise_distances_argmin", prepare=arrays),
-    Contender("torch", torch_nearest, "torch.cdist and argmin"),
+    Contender("faiss", faiss_top, FAISS, prepare=indexed, result=lambda top: top[1][:, 0], real=True),
+    Contender("scikit-learn", sklearn_nearest, "scikit-learn's pairwise_distances_argmin", prepare=arrays, real=True),
+    Contender("torch", torch_nearest, "torch.cdist and argmin", real=True),
     Contender("torch-chunked", chunked_nearest, f"the same, {ROWS} queries at a time"),
     Contender("lean", lean_nearest, LEAN),
 )  # fmt: skip

@@ -149,8 +149,8 @@ GATHERED = Contender(
     "fairseq", gathered, "facebookresearch/fairseq, roberta/model.py, masked_tokens; as transformers, ModernBERT"
 )
 EVERY = Contender("transformers", every_row, "transformers, loss/loss_utils.py")
-CHUNKED = Contender("torch", torch_chunked, f"{TORCH}()")
-WIDER = Contender("torch-512", torch_chunked_512, f"{TORCH}(batch_chunk_size=512)")
+CHUNKED = Contender("torch", torch_chunked, f"{TORCH}()", real=True)
+WIDER = Contender("torch-512", torch_chunked_512, f"{TORCH}(batch_chunk_size=512)", real=True)
 LIGER = Contender("liger", liger, "linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py, its kernel in torch")
 PLAIN = Contender("lean", lean, f"{LEAN}, {LEAN_ROWS} rows at a time")
 

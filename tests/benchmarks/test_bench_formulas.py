@@ -147,3 +147,11 @@ def test_where_the_originals_overflow_ours_is_exact():
     for largest in overflow.LARGEST:
         assert at[largest]["sinkhorn_knopp"] <= max(1e-5, 4 * 2.0**-23 * largest / overflow.TEMPERATURE)
     assert overflow.table(found).count("NaN") >= 6
+
+
+def test_where_the_originals_koleo_is_infinite_ours_is_that_of_float32():
+    for rows in ("two equal rows", "two rows of zeros"):
+        assert "nan" in overflow.told(overflow.KOLEO["lightly"], rows, torch.float16)
+        ours = [overflow.told(overflow.KOLEO["koleo_loss"], rows, t) for t in (torch.float16, torch.float32)]
+        assert ours[0] == ours[1] and "nan" not in ours[0]
+    assert overflow.koleo_table().count("nan") >= 6

@@ -313,9 +313,9 @@ def test_a_slow_case_takes_fewer_rounds_where_no_goal_is_judged(monkeypatch):
         return {name: {"ok": True} for name in job.get("names", ())}
 
     monkeypatch.setattr(runner, "launch", fake)
-    for slow in (True, False):
-        runner.measure(replace(CASE, slow=slow), runner.Options(memory=False), {})
-    assert [job["rounds"] for job in jobs if job["job"] == "time"] == [15, 3, 15, 15]
+    for slow, goals in ((True, CASE.goals), (True, ()), (False, ())):
+        runner.measure(replace(CASE, slow=slow, goals=goals), runner.Options(memory=False), {})
+    assert [job["rounds"] for job in jobs if job["job"] == "time"] == [15, 3, 3, 3, 15, 15]
 
 
 def test_a_case_is_measured_in_processes_of_its_own():
