@@ -89,13 +89,19 @@ def _diagonal(s: Tensor, first: int) -> Tensor:
 def _best(
     s: Tensor, q: Tensor, x: Tensor, k: int, metric: str, exclude_self: bool, first: int
 ) -> tuple[Tensor, Tensor]:
-    # stable, so that ties go to the smaller index; NaN comes first, as in torch.topk
-    values, indices = s.sort(dim=1, descending=True, stable=True)
-    if exclude_self:  # what is excluded sorts as any other -inf, and must not be among the best
-        own = torch.arange(first, first + len(s), device=s.device)[:, None]
-        order = (indices == own).to(torch.uint8).sort(dim=1, stable=True).indices
-        values, indices = values.gather(1, order[:, :k]), indices.gather(1, order[:, :k])
-    values, indices = values[:, :k], indices[:, :k]
+    if k == 1:
+        indices = s.argmax(dim=1, keepdim=True)  # of several the first, and NaN before any number
+        if exclude_self:  # where all are -inf, what is excluded is the first of them
+            own = torch.arange(first, first + len(s), device=s.device)[:, None]
+            indices = torch.where(indices == own, (own == 0).to(indices.dtype), indices)
+        values = s.gather(1, indices)
+    else:
+        values, indices = s.sort(dim=1, descending=True, stable=True)
+        if exclude_self:  # -inf as well: it goes behind what has that score
+            own = torch.arange(first, first + len(s), device=s.device)[:, None]
+            order = (indices == own).to(torch.uint8).sort(dim=1, stable=True).indices
+            values, indices = values.gather(1, order[:, :k]), indices.gather(1, order[:, :k])
+        values, indices = values[:, :k], indices[:, :k]
     if metric != "l2":
         return values.contiguous(), indices.contiguous()
     indices = indices.sort(dim=1).values
