@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Text:
             return int(_philox.words(torch.tensor(seed), torch.tensor(position), torch.tensor(index)))
 
         starts = self.offsets.tolist()
-        for begin, end in zip(starts, starts[1:]):
+        for begin, end in pairwise(starts):
             places = [
                 p for p in range(begin, end) if keep is None or (word(p, 0) >> 8) / 2**24 < keep[self.tokens[p]].item()
             ]
@@ -120,7 +121,7 @@ def test_one_result_at_every_thread_count() -> None:
         results.append((*text.trained(), *text.trained(hogwild=threads == 1)))
     torch.set_num_threads(before)
     for result in results:
-        for x, y in zip(result, results[0] if result is results[0] else results[0], strict=True):
+        for x, y in zip(result, results[0], strict=True):
             assert torch.equal(x, y)
 
 
