@@ -127,6 +127,12 @@ def test_a_mean_far_from_zero_does_not_drown_the_deviation():
     assert abs(naive / expected - 1) > 0.1
 
 
+def test_fewer_rows_than_dimensions():
+    """The D x D matrix has D - N eigenvalues of rounding, each of which would add 1e-7 log 1e-7 to the entropy."""
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(RankMe().update(x).compute(), formula("RankMe", x, x), rtol=1e-6, atol=0)
+
+
 def test_healthy_and_collapsed_values():
     """What docs/evaluation.md says."""
     generator = torch.Generator().manual_seed(0)
