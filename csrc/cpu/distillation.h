@@ -2,30 +2,12 @@
 // The rows of one sample: teachers become probabilities once, then each student row meets their sum in one visit.
 #pragma once
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
+#include "cpu/denormals.h"
 #include "cpu/operand.h"
 
 namespace sslkernels {
 
 constexpr i64 kChunk = 2048;  // elements of a row that stay in the first-level cache, and are summed in T
-
-// While it lives, this thread rounds what would become a denormal to zero: far below the rounding of any sum here, a
-// product that becomes one costs as much as a hundred others on x86.
-class NoDenormals {
- public:
-#ifdef __x86_64__
-  NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000); }
-  ~NoDenormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  NoDenormals() {}  // so that none is an unused variable
-#endif
-};
 
 // One row of logits, `stride` elements apart.
 struct Row {

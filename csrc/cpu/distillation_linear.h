@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/distillation.h"
+#include "cpu/linear_panel.h"
 
 namespace sslkernels {
 
@@ -48,14 +49,5 @@ double by_panels(const Prototypes<T>& p, i64 samples_a_panel, const PrototypeGra
 // needed again.
 template <typename T>
 double by_tiles(const Prototypes<T>& p, i64 samples_a_sweep, const PrototypeGradients<T>& out);
-
-// out (+)= a b, through `scratch` if it is added
-template <typename T>
-void accumulate(const View<T>& out, const View<T>& a, const View<T>& b, bool more, T* scratch) {
-  const i64 n = out.rows * out.cols;
-  multiply<T>({more ? scratch : out.data, out.rows, out.cols, out.cols, 1}, a, b);
-  if (more)
-    tiles<T>().add(const_cast<T*>(out.data), n, scratch, n, 1, n);
-}
 
 }  // namespace sslkernels

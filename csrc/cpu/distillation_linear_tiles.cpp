@@ -19,30 +19,6 @@ namespace sslkernels {
 
 namespace {
 
-// A softmax over part of a row, against the largest element so far.
-struct Partial {
-  double max = kNone<double>, sum = 0;
-
-  // The largest element of what comes next; the factor that what has been summed must be multiplied with
-  double raise(double top) {
-    if (!(top > max))
-      return 1;
-    const double factor = max == kNone<double> ? 1 : std::exp(max - top);
-    max = top;
-    sum *= factor;
-    return factor;
-  }
-};
-
-// f on the parts of [0, n) before and behind `hole`, which may lie outside
-template <typename F>
-void around(i64 hole, i64 n, const F& f) {
-  if (hole < 0 || hole >= n)
-    return f(0, n);
-  f(0, hole);
-  f(hole + 1, n - hole - 1);
-}
-
 template <typename T>
 class Sweeps {
  public:
@@ -53,15 +29,13 @@ class Sweeps {
         students_(samples * p.views),
         rows_(samples * (p.views + p.teachers)),
         threads_(useful_threads(2.0 * rows_ * p.width * p.depth)),
-        strip_(std::clamp<i64>(kTileBytes / (rows_ * i64(sizeof(T))) / 16 * 16, 128, 512)),
         emit_(out.student && !out.weight),
-        summed_(emit_ ? rows_ : students_),
+        strips_(p.width, d_, threads_, std::clamp<i64>(kTileBytes / (rows_ * i64(sizeof(T))) / 16 * 16, 128, 512),
+                out.student ? (emit_ ? rows_ : students_) : 0),
         hidden_(students_ * d_),
         teacher_(samples * p.teachers * d_),
         panel_(samples * p.teachers * p.width),
-        tiles_(threads_ * (rows_ + 1) * strip_),
-        layers_(threads_ * strip_ * d_),
-        parts_(out.student ? threads_ * (summed_ + kRowsAtOnce) * d_ : 0) {
+        tiles_(threads_ * (rows_ + 1) * strips_.widest) {
     for (i64 v = 0; v < p.views; ++v) {
       const i64 view = p.first_view + v, without = p.exclude && view < p.teachers ? view : -1;
       const auto same = std::find(left_out_.begin(), left_out_.end(), without);
@@ -77,16 +51,16 @@ class Sweeps {
     n_ = some.size();
     p_.load_students(some, static_cast<T>(1 / p_.student_temp), hidden_);
     p_.load_teachers(some, static_cast<T>(1 / p_.teacher_temp), teacher_);
-    started_.assign(threads_, false);
+    strips_.forget_sums();
     find_teachers();
     find_favourites();
-    over_strips([&](i64 t, Range strip) { meet(t, strip); });
+    strips_.over([&](i64 t, Range strip) { meet(t, strip); });
     const double total = join();
     if (emit_) {
       finish_emitted();
     } else if (out_.student || out_.weight) {
       slopes_.assign(threads_ * n_ * p_.views, 0.0);
-      over_strips([&](i64 t, Range strip) { differentiate(t, strip); });
+      strips_.over([&](i64 t, Range strip) { differentiate(t, strip); });
       finish();
     }
     return total;
@@ -94,30 +68,14 @@ class Sweeps {
 
  private:
   static constexpr i64 kTileBytes = i64(3) << 18;
-  static constexpr i64 kRowsAtOnce = 256;  // of a product that stays in the cache until it is added
   static constexpr double kNothing = sizeof(T) == 4 ? 70 : 690;
-
-  template <typename F>
-  void over_strips(const F& f) const {
-    run(threads_, [&](i64 t) {
-      const NoDenormals here;
-      const Range mine = part(0, p_.width, t, threads_);
-      for (i64 j = mine.begin; j < mine.end; j += strip_) f(t, Range{j, std::min(mine.end, j + strip_)});
-    });
-  }
-
-  View<T> layer(const Operand<T>& weight, i64 t, Range strip) const {
-    i64 ld;
-    const T* x = weight.fetch(strip.begin, strip.size(), layers_ + t * strip_ * d_, &ld);
-    return {x, strip.size(), d_, ld, 1};
-  }
 
   i64 targets() const { return static_cast<i64>(left_out_.size()); }
   bool meets(i64 target, i64 teacher) const { return left_out_[target] != teacher; }
   double number(i64 target) const { return static_cast<double>(p_.teachers - (left_out_[target] < 0 ? 0 : 1)); }
 
   // Rows of teachers come before those of students in a thread's tile, and a row for a sum of teachers behind them.
-  T* tile(i64 t) const { return tiles_ + t * (rows_ + 1) * strip_; }
+  T* tile(i64 t) const { return tiles_ + t * (rows_ + 1) * strips_.widest; }
   T* panel(Range strip) const { return panel_ + strip.begin * n_ * p_.teachers; }
 
   // The teachers' logits over their temperature, the softmax of each, and its favourite
@@ -125,10 +83,11 @@ class Sweeps {
     const i64 rows = n_ * p_.teachers;
     std::vector<Partial> partial(threads_ * rows);
     std::vector<i64> at(threads_ * rows, 0);
-    over_strips([&](i64 t, Range strip) {
+    strips_.over([&](i64 t, Range strip) {
       const i64 m = strip.size();
       T* x = panel(strip);
-      multiply<T>({x, rows, m, m, 1}, {teacher_, rows, d_, d_, 1}, layer(p_.teacher_weight, t, strip).transposed());
+      multiply<T>({x, rows, m, m, 1}, {teacher_, rows, d_, d_, 1},
+                  strips_.layer(p_.teacher_weight, t, strip).transposed());
       for (i64 r = 0; r < rows; ++r, x += m) {
         if (const T* center = p_.center(r / n_))
           SSLKERNELS_AT_LEVEL(subtract(x, center + strip.begin, static_cast<T>(1 / p_.teacher_temp), m));
@@ -254,7 +213,7 @@ class Sweeps {
   // First sweep: log-sum-exp and loss of each row, and where it is the only sweep, the weighted means
   void meet(i64 t, Range strip) {
     const i64 m = strip.size(), students = n_ * p_.views, teachers = n_ * p_.teachers;
-    const View<T> weight = layer(p_.weight, t, strip);
+    const View<T> weight = strips_.layer(p_.weight, t, strip);
     probabilities(t, strip);
     T* x = logits(t, strip, weight);
     double* seen = seen_.data() + t * n_ * targets();
@@ -267,8 +226,8 @@ class Sweeps {
       const double before = partial.max, factor = partial.raise(top);
       if (before != partial.max && before != kNone<double>) {
         along += (partial.max - before) * seen[meeting(row)];
-        if (started_[t]) {
-          T *sum = part_of(t) + (teachers + row) * d_, f = static_cast<T>(factor);
+        if (strips_.has_sum(t)) {
+          T *sum = strips_.sum(t) + (teachers + row) * d_, f = static_cast<T>(factor);
           tiles<T>().scale_rows(sum, d_, sum, d_, &f, 1, d_);
         }
       }
@@ -292,19 +251,7 @@ class Sweeps {
       if (favourite_[r] >= strip.begin && favourite_[r] < strip.end)
         tile(t)[r * m + favourite_[r] - strip.begin] = 0;
     }
-    add_to_part(t, {tile(t), teachers + students, m, m, 1}, weight);
-  }
-
-  T* part_of(i64 t) const { return parts_ + t * (summed_ + kRowsAtOnce) * d_; }
-
-  void add_to_part(i64 t, const View<T>& a, const View<T>& weight) {
-    T *sum = part_of(t), *product = sum + summed_ * d_;
-    for (i64 r = 0; r < a.rows; r += kRowsAtOnce) {
-      const i64 n = std::min(kRowsAtOnce, a.rows - r);
-      accumulate<T>({sum + r * d_, n, d_, d_, 1}, {a.data + r * a.row_stride, n, a.cols, a.row_stride, 1}, weight,
-                    started_[t], product);
-    }
-    started_[t] = true;
+    strips_.add_product(t, {tile(t), teachers + students, m, m, 1}, weight);
   }
 
   // Joins what the threads know of each row
@@ -341,7 +288,7 @@ class Sweeps {
   // Second sweep: slopes, and what the gradients make of them
   void differentiate(i64 t, Range strip) {
     const i64 m = strip.size(), students = n_ * p_.views;
-    const View<T> weight = layer(p_.weight, t, strip);
+    const View<T> weight = strips_.layer(p_.weight, t, strip);
     probabilities(t, strip);
     T* x = logits(t, strip, weight);
     const auto differentiate_row = [&](i64 row, const T* p, i64 hole) {
@@ -358,9 +305,9 @@ class Sweeps {
     over_students(t, strip, differentiate_row, [](i64, const T*, i64) {});
     const View<T> slopes{x, students, m, m, 1};
     if (out_.student)
-      add_to_part(t, slopes, weight);
+      strips_.add_product(t, slopes, weight);
     accumulate<T>({out_.weight + strip.begin * d_, m, d_, d_, 1}, slopes.transposed(), {hidden_, students, d_, d_, 1},
-                  some_.begin > 0, layers_ + t * strip_ * d_);
+                  some_.begin > 0, strips_.room(t));
   }
 
   // Adds the favourites, and puts the threads' sums together
@@ -373,10 +320,10 @@ class Sweeps {
       tiles<T>().axpy(out_.weight + hole(row) * d_, static_cast<T>(slope), hidden_ + row * d_, d_);
       if (!out_.student)
         continue;
-      T* out = part_of(0) + row * d_;
+      T* out = strips_.sum(0) + row * d_;
       for (i64 t = 1; t < threads_; ++t) {
-        if (started_[t])
-          tiles<T>().axpy(out, T(1), part_of(t) + row * d_, d_);
+        if (strips_.has_sum(t))
+          tiles<T>().axpy(out, T(1), strips_.sum(t) + row * d_, d_);
       }
       tiles<T>().axpy(out, static_cast<T>(slope), prototype(hole(row), scratch), d_);
       store(row, out, 1 / p_.student_temp);
@@ -393,8 +340,8 @@ class Sweeps {
     const i64 students = n_ * p_.views, teachers = n_ * p_.teachers;
     Buffer<T> scratch(d_), sum(d_);
     for (i64 t = 1; t < threads_; ++t) {
-      if (started_[t])
-        tiles<T>().axpy(part_of(0), T(1), part_of(t), teachers * d_);
+      if (strips_.has_sum(t))
+        tiles<T>().axpy(strips_.sum(0), T(1), strips_.sum(t), teachers * d_);
     }
     for (i64 row = 0; row < students; ++row) {
       const i64 i = sample(row), k = target(row), at = i * targets() + k;
@@ -403,7 +350,7 @@ class Sweeps {
         if (!meets(k, v))
           continue;
         const i64 r = v * n_ + i;
-        tiles<T>().axpy(sum, T(-1), part_of(0) + r * d_, d_);
+        tiles<T>().axpy(sum, T(-1), strips_.sum(0) + r * d_, d_);
         if (favourite_[r] != hole_[at]) {
           tiles<T>().axpy(sum, static_cast<T>(-peak_[r]), prototype(favourite_[r], scratch), d_);
           tiles<T>().axpy(sum, static_cast<T>(mass_[at * p_.teachers + v]), prototype(hole_[at], scratch), d_);
@@ -411,8 +358,8 @@ class Sweeps {
       }
       for (i64 t = 0; t < threads_; ++t) {
         const double factor = number(k) * share_[row] * std::exp(partial_[t * students + row].max - reference_[row]);
-        if (started_[t])
-          tiles<T>().axpy(sum, static_cast<T>(factor), part_of(t) + (teachers + row) * d_, d_);
+        if (strips_.has_sum(t))
+          tiles<T>().axpy(sum, static_cast<T>(factor), strips_.sum(t) + (teachers + row) * d_, d_);
       }
       const double slope = rest_[at] - number(k) * others_[row];
       tiles<T>().axpy(sum, static_cast<T>(slope), prototype(hole_[at], scratch), d_);
@@ -422,14 +369,13 @@ class Sweeps {
 
   const Prototypes<T>& p_;
   const PrototypeGradients<T>& out_;
-  const i64 d_, students_, rows_, threads_, strip_;
+  const i64 d_, students_, rows_, threads_;
   const bool emit_;
-  const i64 summed_;  // rows that a thread sums products of: the students', and the teachers' where they are emitted
-  Buffer<T> hidden_, teacher_, panel_, tiles_, layers_, parts_;
+  Strips<T> strips_;  // a thread sums products of the students, and of the teachers where they are emitted
+  Buffer<T> hidden_, teacher_, panel_, tiles_;
   std::vector<i64> left_out_, target_of_;  // the teacher that each target is without, or -1; the target of each view
   Range some_{0, 0};
   i64 n_ = 0;
-  std::vector<char> started_;
   std::vector<double> top_, peak_;          // of teacher rows
   std::vector<i64> favourite_, hole_;       // of teacher rows; of samples and targets
   std::vector<double> seen_, rest_, mass_;  // of samples and targets

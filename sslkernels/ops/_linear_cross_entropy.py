@@ -17,6 +17,8 @@ from sslkernels.reference._precision import compute_dtype
 
 __all__ = ["linear_cross_entropy"]
 
+PANEL_BYTES = 8 << 20  # up to which logits are kept beside the gradients; the kernel's rule for more is by shape
+
 
 def linear_cross_entropy(
     input: Tensor,
@@ -79,7 +81,7 @@ def linear_cross_entropy(
     if reduction == "none":
         return _rows(*layer, *options)[0].reshape(target.shape)
     wanted = [y is not None and y.requires_grad and torch.is_grad_enabled() for y in layer[:3]]
-    return _loss(*layer, *options, reduction == "mean", wanted)[0]
+    return _loss(*layer, *options, reduction == "mean", PANEL_BYTES, wanted)[0]
 
 
 def _check_shapes(input: Any, weight: Any, target: Any, bias: Any) -> None:
@@ -128,7 +130,7 @@ def _dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
 
 
 _loss = define(
-    f"linear_cross_entropy({LAYER}, {OPTIONS}, bool mean, bool[3] output_mask)"
+    f"linear_cross_entropy({LAYER}, {OPTIONS}, bool mean, int panel_bytes, bool[3] output_mask)"
     " -> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias)",
     reference=reference.forward,
     fake=_fake,
@@ -153,7 +155,7 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _autograd(ctx: Any, grad: Any, *unused: Any) -> Any:
-    return *emitted_gradients(ctx, grad), *(None,) * 6
+    return *emitted_gradients(ctx, grad), *(None,) * 7
 
 
 def _setup_rows(ctx: Any, inputs: tuple, output: Any) -> None:

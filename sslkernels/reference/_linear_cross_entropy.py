@@ -37,7 +37,7 @@ def linear_cross_entropy(
     return loss.sum() / rows.count() if reduction == "mean" else loss.sum()
 
 
-def forward(input, weight, bias, target, ignore_index, label_smoothing, z_loss, mean, mask):
+def forward(input, weight, bias, target, ignore_index, label_smoothing, z_loss, mean, _, mask):
     rows = _Rows(input, target, weight.shape[0], ignore_index)
     x = _logits(rows, weight, bias)
     loss = _row_losses(rows, x, label_smoothing, z_loss).sum()
