@@ -50,7 +50,8 @@ def kmeans(
         inertia = sum_i |x_i - centroid_label_i|^2
 
     Rows are visited in chunks: beside x there are N labels and distances, and a few numbers a centroid. A centroid that
-    no row chose moves to the row that is farthest from its own, the next one to the next. Means are summed in float64.
+    no row chose moves to the row that is farthest from its own, the next one to the next. Means are taken of the
+    differences from the centroid before.
 
     Args:
         x: (N, D), any floating dtype, finite.
@@ -90,7 +91,7 @@ def kmeans(
     labels, distances = _assign(x, centroids)
     done = 0
     while done < iterations:
-        moved = _means(x, labels, distances, k).to(centroids.dtype)
+        moved = _means(x, labels, distances, centroids).to(centroids.dtype)
         shift = float((moved - centroids).double().square().sum())
         centroids, before, done = moved, labels, done + 1
         labels, distances = _assign(x, centroids)
@@ -146,16 +147,18 @@ def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([labels for _, labels in found]), torch.cat([distances for distances, _ in found])
 
 
-def _means(x: Tensor, labels: Tensor, distances: Tensor, k: int) -> Tensor:
+def _means(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor) -> Tensor:
     """Centroids (k, D) in float64: the mean of each cluster's rows, or the farthest rows where it has none."""
-    sums = x.new_zeros((k, x.shape[1]), dtype=torch.float64)
+    k = len(centroids)
+    sums = torch.zeros_like(centroids, dtype=torch.float64)
     counts = torch.bincount(labels, minlength=k)
     for chunk, own in zip(x.split(CHUNK), labels.split(CHUNK)):
         # rows of one cluster lie together in `order`: each sum belongs to one thread, in one order
         order = own.argsort(stable=True)
         starts = torch.searchsorted(own[order], torch.arange(k, device=x.device))
-        sums += F.embedding_bag(order, chunk.to(compute_dtype(x)), starts, mode="sum")
-    means = sums / counts.clamp_min(1)[:, None]
+        # differences: a float32 sum of rows far from the origin would lose their digits
+        sums += F.embedding_bag(order, chunk - centroids[own], starts, mode="sum")
+    means = centroids + sums / counts.clamp_min(1)[:, None]
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         means[empty] = x[distances.topk(len(empty)).indices].double()
