@@ -15,7 +15,6 @@ from sslkernels.losses import _common as common
 from sslkernels.ops import contrastive as ops
 from sslkernels.ops.contrastive import Exclude
 from sslkernels.reference._precision import full_precision
-from sslkernels.reference.contrastive import logsumexp
 
 NEGATIVES = ("batch", "sequence")
 
@@ -71,17 +70,19 @@ def cpc_loss(
         raise ValueError(f"context must have more frames than steps ({steps}), got shape {tuple(context.shape)}")
     check.choice("negatives", negatives, NEGATIVES)
     common.check_options(reduction)
-    step = _batch_step if negatives == "batch" else _sequence_step
     context, z, predictors = cast_features(context, z, predictors)
     dtype = torch.promote_types(context.dtype, predictors.dtype)
-    # time first: the frames that have one k steps later are then a leading block, and that one a fixed distance away
-    context, z = context.transpose(0, 1).contiguous().to(dtype), z.transpose(0, 1).contiguous()
-    results = [step(context, z, w.to(dtype), k, reduction) for k, w in enumerate(predictors, start=1)]
+    context, predictors = context.to(dtype), predictors.to(dtype)
+    step = _sequence_step
+    if negatives == "batch":
+        # time first: frames that have one k steps later are a leading block, and that one a fixed distance away
+        step, context, z = _batch_step, context.transpose(0, 1).contiguous(), z.transpose(0, 1).contiguous()
+    results = [step(context, z, w, k, reduction) for k, w in enumerate(predictors, start=1)]
     losses = torch.stack([loss for loss, _, _ in results])
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     if not return_stats:
         return loss
-    stats = [common.statistics(positive, top) for _, positive, top in results]
+    stats = [common.statistics(positive, top.amax(1) if top.ndim == 2 else top) for _, positive, top in results]
     return loss, {name: torch.stack([x[name] for x in stats]) for name in stats[0]}
 
 
@@ -94,7 +95,8 @@ def _batch_step(context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction
     others = Exclude(diagonal=k * batch)
     if reduction == "none":
         lse, _, top = ops.similarity_logsumexp(q, keys, 1.0, others, columns=False, return_max=True)
-        return _frames(common.softplus(lse - positive).view(rows, batch), k), positive, top
+        losses = common.softplus(lse - positive).view(rows, batch)
+        return F.pad(losses.T, (0, k)), positive, top  # (B, T), 0 in the last k frames
     weight = common.row_weight(positive, reduction, None)
     loss, _, top = ops.similarity_cross_entropy(q, keys, positive, 1.0, weight=weight, exclude=others)
     return loss, positive, top
@@ -103,25 +105,20 @@ def _batch_step(context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction
 def _sequence_step(
     context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = context.shape[0] - k
-    q, keys = F.linear(context[:rows], predictor), z
-    q, keys = (common.wide(x).transpose(0, 1) for x in cast_features(q, keys))  # (B, T - k, D), (B, T, D)
+    """As `_batch_step`, and all scores in place of the hardest; context and z are (B, T, ...)."""
+    frames = z.shape[1]
+    q, keys = (common.wide(x) for x in cast_features(F.linear(context[:, : frames - k], predictor), z))
     q, keys = common.one_dtype(q, keys)
     positive = common.row_dot(q, keys[:, k:])
+    t = torch.arange(frames, device=z.device)
+    others = q.new_zeros(frames - k, frames).masked_fill(t[:-k, None] + k == t, -torch.inf)
     with full_precision(q):
-        s = torch.bmm(q, keys.mT)  # (B, T - k, T)
-    t = torch.arange(s.shape[2], device=s.device)
-    s = s.masked_fill(t[:rows, None] + k == t, -torch.inf)
-    losses = common.softplus(logsumexp(s, 2) - positive)
-    top = s.detach().amax(2).flatten()
+        s = torch.baddbmm(others, q, keys.mT)  # (B, T - k, T)
+    losses = common.softplus(torch.logsumexp(s, 2) - positive)
+    top = s.detach().flatten(0, 1)
     if reduction == "none":
-        return _frames(losses.T, k), positive.flatten(), top
+        return F.pad(losses, (0, k)), positive.flatten(), top
     return (losses.mean() if reduction == "mean" else losses.sum()), positive.flatten(), top
-
-
-def _frames(rows: Tensor, k: int) -> Tensor:
-    """(B, T) of (T - k, B), 0 in the last k frames."""
-    return F.pad(rows.T, (0, k))
 
 
 class CPCLoss(nn.Module):

@@ -150,7 +150,7 @@ class GumbelVectorQuantizer(nn.Module):
 
     Parameters are named, shaped and initialised as fairseq's: `vars` (1, groups * num_vars, vq_dim / groups) from
     U(0, 1), `weight_proj.weight` from N(0, 1), its bias 0. The values are exactly the codes, so that two frames of one
-    code are equal; fairseq's differ in the last bit.
+    code are equal: a distractor equal to the target does not count in `wav2vec2_loss`.
 
     Args:
         dim: of the input.
