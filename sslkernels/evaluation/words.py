@@ -78,7 +78,7 @@ def word_analogies(vectors: Tensor, index: Mapping[str, int], path: Path | None 
     Example:
         >>> index = {"athens": 0, "greece": 1, "baghdad": 2, "iraq": 3}
         >>> word_analogies(torch.eye(4), index).known
-        2
+        3
 
     Source: Mikolov et al. 2013 (arXiv:1301.3781); Levy and Goldberg 2014 for the name.
     """
