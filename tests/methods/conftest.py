@@ -52,3 +52,11 @@ def views() -> tuple[Tensor, Tensor]:
     """Two views of 12 digits: small enough to write the formula out, not a multiple of anything."""
     generator = torch.Generator().manual_seed(3)
     return data.two_views(data.digits().train_images[:12], generator=generator, **data.DIGIT_VIEWS)
+
+
+@pytest.fixture
+def crops() -> list[Tensor]:
+    """Two global and two local crops of 3 images, on grids of 4 x 5 and 2 x 3."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(3, 3, 16, 20)] * 2 + [(3, 3, 8, 12)] * 2
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]

@@ -2,42 +2,19 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import distillation_methods as cases
 import pytest
 import torch
+from distillation_methods import centers
 from torch.nn import functional as F
 
 from sslkernels.methods import DINOv2
 from sslkernels.nn import VisionTransformer
 from sslkernels.reference.neighbors import koleo
 
-HEAD = {"hidden_dim": 12, "bottleneck_dim": 6}
-OUT = 17
-
-
-def new_method(**options) -> DINOv2:
-    """In float64, with a teacher and centers of its own."""
-    torch.manual_seed(0)
-    backbone = VisionTransformer(patch_size=4, embed_dim=16, depth=1, num_heads=2)
-    method = DINOv2(backbone, **{"out_dim": OUT, "head_options": HEAD, "momentum": 0.9, "total_steps": 10, **options})
-    method.double()
-    with torch.no_grad():
-        for p in (*method.parameters(), *centers(method)):
-            p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype))
-    return method
-
-
-def centers(method: DINOv2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of class tokens and of patches, each (OUT,)."""
-    return method.criterion.center[0, 0], method.patch_criterion.center.center[0]
-
-
-@pytest.fixture
-def crops() -> list[torch.Tensor]:
-    """Two global and two local crops of 3 images, on grids of 4 x 5 and 2 x 3."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(3, 3, 16, 20)] * 2 + [(3, 3, 8, 12)] * 2
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+new_method = partial(cases.new_method, DINOv2)
 
 
 @pytest.fixture

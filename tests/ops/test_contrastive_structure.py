@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import contrastive_cases as cases
@@ -23,7 +22,6 @@ from sslkernels.ops import Exclude
 from sslkernels.ops.contrastive import KEPT_BYTES
 
 ALL = {**OPS, **POSITIVES}
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 
 pytestmark = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
@@ -124,17 +122,6 @@ def test_kept_scores_give_the_gradients_of_computed_ones(monkeypatch: pytest.Mon
 # instruction sets
 
 
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_each_instruction_set(name: str, dtype: torch.dtype, level: int) -> None:
@@ -148,8 +135,8 @@ def test_a_level_that_does_not_exist_is_refused(cap: int) -> None:
         torch.ops.sslkernels.set_cpu_level(cap)
 
 
-@pytest.mark.parametrize("cap", [0, 1])
-def test_the_environment_caps_the_level(cap: int) -> None:
+@pytest.mark.parametrize(("cap", "name"), [(0, "baseline"), (1, "v3")])
+def test_the_environment_caps_the_level(cap: int, name: str) -> None:
     script = """
 import torch, sslkernels
 q = torch.randn(65, 9)
@@ -157,7 +144,7 @@ row, _ = sslkernels.ops.similarity_logsumexp(q, q)
 torch.testing.assert_close(row, (q @ q.T).logsumexp(1))
 print(torch.ops.sslkernels.cpu_level())
 """
-    environment = {**os.environ, "SSLKERNELS_CPU_LEVEL": LEVELS[cap]}
+    environment = {**os.environ, "SSLKERNELS_CPU_LEVEL": name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= cap

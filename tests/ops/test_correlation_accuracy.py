@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sslkernels import _library, ops
 
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
 
@@ -163,17 +162,6 @@ def test_small_losses(n: int) -> None:
     """Views that agree: the loss of the diagonal vanishes, the gradient does not blow up."""
     x = views(n, 200)[0]
     check_contract("two_view_correlation", (x, x + 1e-3 * torch.randn(n, 200)), floor=1e-6)
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import distillation_linear_cases as cases
@@ -19,7 +18,6 @@ from sslkernels.ops import _distillation_linear as module
 from sslkernels.reference import distillation as reference
 
 OP = torch.ops.sslkernels.linear_soft_cross_entropy.default
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 FORMS = {"whole": 8 << 20, "cut": 0}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
@@ -184,17 +182,6 @@ def test_threads(frozen: bool, threads: int, panels: None) -> None:
     check(case, frozen)
     for x, y in zip(*(cases.evaluate(cases.ours, case, frozen) for _ in range(2))):
         assert torch.equal(x, y)
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built

@@ -7,7 +7,6 @@ import math
 import mmap
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from sslkernels.reference import distillation as reference
 
 F32, F64 = torch.float32, torch.float64
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
 
@@ -250,17 +248,6 @@ def test_many_samples_do_not_lose_digits() -> None:
     x = 0.05 * torch.randn(20000, 3)
     exact = logarithmic(x.double())
     assert (ops.sinkhorn_knopp(x).double() - exact).abs().max() <= 1e-6
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built

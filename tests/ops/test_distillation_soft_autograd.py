@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import distillation_cases as cases
@@ -19,7 +18,6 @@ from sslkernels.ops import _registry
 from sslkernels.reference import distillation as reference
 
 SOFT = [name for name in _registry.OPS if name.startswith("soft_cross_entropy") or name == "softmax_center"]
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 F32, F64 = torch.float32, torch.float64
 
@@ -352,17 +350,6 @@ def test_denormals_are_as_they_were_after_a_call() -> None:
     tiny = torch.tensor([1e-38])
     cases.ours(random_case(3, 2, 2, 65))
     assert (tiny * 0.1).item() > 0
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -23,15 +22,6 @@ SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 6e-8, -6e-5, 65504.0, 65
 
 def name(value: Any) -> str:
     return str(value).removeprefix("torch.")
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["baseline", "v3", "v4"])
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() != request.param:
-        pytest.skip("this processor does not run it")
-    yield request.param
-    torch.ops.sslkernels.set_cpu_level(2)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import patches_cases as cases
@@ -19,14 +18,6 @@ from sslkernels.reference import patches as reference
 F32, F64, BF16, F16, U8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8
 FLOATS = (F32, F64, BF16, F16)
 quick = settings(max_examples=40, deadline=None)
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["baseline", "v3", "v4"])
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

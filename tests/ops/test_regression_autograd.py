@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from sslkernels.ops import _registry
 from sslkernels.reference import regression as reference
 
 REGRESSION = [name for name in _registry.OPS if name.startswith("masked_regression") or name == "average_layers"]
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 ROWS = ("ids", "mask", "all")
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
@@ -239,17 +237,6 @@ def test_threads(loss: str, rows: str, threads: int) -> None:
         first, again = (cases.evaluate(cases.ours, case, cotangent, reduction=reduction, **options) for _ in range(2))
         for x, y in zip(first, again):
             assert torch.equal(x, y)
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built
