@@ -17,6 +17,8 @@ from torch import Tensor
 from sslkernels.reference._precision import compute_dtype, full_precision
 from sslkernels.reference.contrastive import logsumexp
 
+SELECTS = ("cpu",)  # where counting rows synchronises nothing
+
 
 def linear_cross_entropy(
     input: Tensor,
@@ -69,7 +71,7 @@ class _Rows:
     def __init__(self, x: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
         keep = target != ignore_index
         self.total = len(x)
-        self.index = keep.nonzero()[:, 0] if x.device.type == "cpu" else None
+        self.index = keep.nonzero()[:, 0] if x.device.type in SELECTS else None
         self.keep, target = self.take(keep), self.take(target)
         self.spoilt = self.keep & ((target < 0) | (target >= classes))
         self.x = self.take(x).where(self.keep[:, None], 0.0)
