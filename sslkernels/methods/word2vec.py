@@ -120,7 +120,7 @@ class Word2Vec(Method):
                     self.table,
                     window=self.window,
                     negatives=self.negatives,
-                    keep=self.keep,
+                    keep=self.keep.float(),  # also of a method that was cast as a whole
                     seed=seed,
                     hogwild=hogwild,
                 )

@@ -101,8 +101,7 @@ def skipgram_update_(
             sentences at 1,000 words.
         lr: a number, at least 0; the original falls linearly from 0.025 to 0.0001 of it in steps of 10,000 words.
         table: `alias_table(counts ** 0.75)` over the V words.
-        window: at least 1.
-        negatives: K, at least 0.
+        window, negatives: at least 1 and 0, at most 2^15.
         keep: (V,) float32 probabilities, or None to keep all. The original's is (sqrt(f / t) + 1) t / f for a word with
             a share f of the text, t = 1e-3.
         generator, seed: at most one of the two. Another call needs another seed.
@@ -128,8 +127,8 @@ def skipgram_update_(
     check.ids("table.alias", table.alias, vocabulary)
     if keep is not None:
         check.vector("keep", keep, vocabulary, input_weight, (torch.float32,))
-    check.integer("window", window, 1, 2**20)
-    check.integer("negatives", negatives, 0, 2**20)
+    check.integer("window", window, 1, 2**15)
+    check.integer("negatives", negatives, 0, 2**15)
     check.in_range("lr", lr, 0.0, float("inf"))
     chosen = seed_tensor(seed, generator, input_weight.device)
     _update_(

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +63,6 @@ def test_fit_is_the_original_loop():
     sentences = [torch.randint(30, (int(n),)) for n in torch.randint(1, 60, (900,))]
     counts = torch.cat(sentences).bincount(minlength=30)
     method = Word2Vec(counts, dim=5, sample=0.01).double()
-    method.keep = method.keep.float()
     u, v = method.input_weight.detach().clone(), method.output_weight.detach().clone()
     tokens, offsets = flatten(sentences)
     method.fit(sentences[:300], epochs=2, generator=torch.Generator().manual_seed(3), lr=0.05)
@@ -70,7 +72,7 @@ def test_fit_is_the_original_loop():
     for epoch in range(2):
         lr = 0.05 * (1 - epoch * len(tokens) / (2 * len(tokens) + 1))
         now = torch.tensor(seed + 1 + epoch)
-        reference.skipgram_update_(u, v, tokens, offsets, *method.table, method.keep, now, lr, 5, 5, False)
+        reference.skipgram_update_(u, v, tokens, offsets, *method.table, method.keep.float(), now, lr, 5, 5, False)
     torch.testing.assert_close(method.input_weight.detach(), u, rtol=0, atol=1e-12)
     torch.testing.assert_close(method.output_weight.detach(), v, rtol=0, atol=1e-12)
 
@@ -167,3 +169,11 @@ def test_refuses():
         method.fit([[0, 1]], epochs=0)
     with pytest.raises(ValueError, match=r"k must be in \[1, 2\]"):
         method.most_similar(torch.tensor([0]), k=3)
+
+
+def test_the_example_of_the_docs():
+    page = Path(__file__).parents[2] / "docs" / "tokens.md"
+    (code,) = re.findall(r"```python\n(from sslkernels import text\n.*?)```", page.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("epochs=5", "epochs=1"), names)
+    assert names["ids"].shape == (1, 5) and names["cosines"].isfinite().all()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -230,6 +232,33 @@ def test_compiles_without_graph_break() -> None:
     u, v = text.u.clone(), text.v.clone()
     torch.compile(step, fullgraph=True, backend="aot_eager")(u, v, text.tokens, text.offsets, *text.table)
     assert torch.equal(u, expected[0]) and torch.equal(v, expected[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved only where it is touched")
+def test_offsets_beyond_32_bits() -> None:
+    v = d = 2**16 + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    tables = [torch.frombuffer(mmap.mmap(-1, 4 * v * d, flags=flags), dtype=F32).view(v, d) for _ in range(2)]
+    used = torch.tensor([0, v // 2, v - 1])
+    text = Text([4], v=3, d=d, dtype=F32)
+    for table, few in zip(tables, (text.u, text.v)):
+        table[used] = 0.1 * few
+    weights = torch.zeros(v).index_fill(0, used, 1.0)
+    text.tokens, text.table, text.keep = used[text.tokens], alias_table(weights), torch.ones(v)
+    expected = [x[used].double() for x in tables]
+    pairs = reference.training_pairs(text.tokens, text.offsets, text.table, None, torch.tensor(7), 2, 2)
+    order = {word: i for i, word in enumerate(used.tolist())}
+    ids = [torch.tensor([order[word] for word in x.flatten().tolist()]).view(x.shape) for x in pairs]
+    for context, centre, draws in zip(*(x.tolist() for x in ids), strict=True):
+        step = 0.0
+        for k, row in enumerate([centre, *(n for n in draws if n != centre)]):
+            g = 0.05 * (float(k == 0) - torch.sigmoid(expected[0][context] @ expected[1][row]))
+            step = step + g * expected[1][row]
+            expected[1][row] += g * expected[0][context]
+        expected[0][context] += step
+    skipgram_update_(*tables, text.tokens, text.offsets, 0.05, text.table, window=2, negatives=2, seed=7)
+    for table, exact in zip(tables, expected):
+        torch.testing.assert_close(table[used].double(), exact, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
