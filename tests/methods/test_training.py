@@ -16,6 +16,7 @@ from sslkernels.evaluation import spread
 from sslkernels.presets import PRESETS
 
 METHODS = list(PRESETS)
+OF_ITEMS = [name for name in METHODS if PRESETS[name].scores != "contexts"]  # word vectors are of words
 
 
 class Learns(NamedTuple):
@@ -55,6 +56,7 @@ LEARNS = {
     "vjepa": Learns(0.9, 0.03, how="probe", spread=0.1),  # 0.66, 0.76 -> 0.81, spread 0.20
     "ijepa": Learns(0.8, 0.04, how="probe"),  # 0.71, 0.41 -> 0.48
     "data2vec": Learns(0.7, 0.06, spread=0.15),  # 0.60, 0.59 -> 0.71, spread 0.24
+    "word2vec": Learns(0.65, 0.05, how="contexts"),  # 0.58, 0.50 -> 0.57; seeds 1 and 2: 0.58, 0.58, 0.50 -> 0.58 both
 }
 
 
@@ -72,7 +74,7 @@ def test_learns(trained, name):
     assert run.accuracy()[expected.how] > max(untrained[expected.how] + expected.gain, expected.least)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_ITEMS)
 def test_does_not_collapse(trained, name):
     """The held-out features point in many directions."""
     assert spread(trained(name).run.features()[1]) > LEARNS[name].spread
@@ -108,7 +110,7 @@ def backbone(method):
     return method.backbone if hasattr(method, "backbone") else method.image_encoder
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_ITEMS)
 def test_encodes(training, name):
     """One row of features an item, of the width that the backbone tells, the same whatever else is in the batch."""
     run = training(name)
