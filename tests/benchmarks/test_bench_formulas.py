@@ -131,7 +131,7 @@ def test_word_vectors_that_learned_nothing_are_seen():
     case = find("skipgram_update").tiny()
     inputs = case.make_inputs()
     start = inputs["input_weight"], inputs["output_weight"]
-    assert tokens.vectors(start, **inputs) == "the loss is 4.1589, no better than chance"
+    assert tokens.vectors(start, **inputs) == "the loss is 4.1589, not below 4.1589"
     trained = case.step("sslkernels", inputs).forward()
     assert tokens.vectors(trained, **inputs) is None
     assert tokens.vectors((trained[0], -trained[1]), **inputs)
