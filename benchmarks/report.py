@@ -154,7 +154,7 @@ def wins(families: list[dict[str, Any]], chosen: Collection[str]) -> str:
         ])  # fmt: skip
     header = ["op", "fastest shipped form", "forward + backward", "faster", "default malloc", "vs lean eager",
               "peak memory"]  # fmt: skip
-    note = "Masks, codes and moving averages have no backward: one call. "
+    note = "Masks, codes, searches and moving averages have no backward: one call. "
     return f"{table(header, rows, right=2)}\n\n{note}{machine_line(families[0]['machine'], records)}"
 
 
