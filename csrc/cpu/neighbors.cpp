@@ -20,10 +20,10 @@ struct Candidate {
 // NaN first, then the larger score, then the smaller index
 template <typename T>
 bool before(const Candidate<T>& a, const Candidate<T>& b) {
+  if (a.score > b.score || a.score < b.score)
+    return a.score > b.score;
   const bool a_nan = std::isnan(a.score), b_nan = std::isnan(b.score);
-  if (a_nan != b_nan)
-    return a_nan;
-  return a_nan || a.score == b.score ? a.index < b.index : a.score > b.score;
+  return a_nan == b_nan ? a.index < b.index : a_nan;
 }
 
 // The best of each row so far, none while all are -inf. Keys come in ascending order.
@@ -79,10 +79,10 @@ class KBest {
       j = SSLKERNELS_AT_LEVEL(next_group(s, bias, j, n, threshold));
       if (j >= n)
         return;
-      for (i64 c = j; c < std::min(j + kGroup, n); ++c) {
+      for (i64 c = j; c < std::min(j + kGroup, n); ++c) {  // without a branch, as nobody could foresee it
         const T x = s[c] - bias[c];
-        if (!(x <= threshold))
-          kept[count++] = {x, first_key + c};
+        kept[count] = {x, first_key + c};
+        count += !(x <= threshold);
       }
       if (count + kGroup > room_) {
         std::nth_element(kept, kept + k_ - 1, kept + count, before<T>);
@@ -104,7 +104,7 @@ class KBest {
   }
 
  private:
-  static i64 room(i64 k) { return 2 * k + 4 * kGroup; }
+  static i64 room(i64 k) { return k + std::max(2 * kGroup, k / 2); }
 
   using Kept = std::vector<Candidate<T>>;
   i64 k_, room_;
@@ -116,13 +116,16 @@ class KBest {
 // How the pairs are cut: threads own query rows or, where these are few, ranges of keys as well.
 struct Cut {
   Cut(i64 n, i64 m, i64 d, i64 state_bytes, i64 number_bytes) {
-    constexpr i64 kRowsWorthAThread = 64, kBlockBytes = i64(4) << 20, kTileBytes = i64(512) << 10;
+    constexpr i64 kRowsWorthAThread = 64, kPanel = 256;
+    // what a thread goes back to: the tile of scores, the rows of a block, and what is known of each of these
+    constexpr i64 kTileBytes = i64(512) << 10, kBlockBytes = i64(4) << 20, kStateBytes = i64(512) << 10;
     const i64 threads = useful_threads(2.0 * n * m * std::max<i64>(d, 16));
     by_rows = std::clamp<i64>(n / kRowsWorthAThread, 1, threads);
     by_keys = std::clamp<i64>(threads / by_rows, 1, std::max<i64>(1, m / 512));
     const i64 row_bytes = std::max<i64>(1, d * number_bytes);
-    block = std::clamp<i64>(kBlockBytes / std::max(row_bytes, state_bytes), 16, std::clamp<i64>(n, 1, 2048));
-    panel = std::min<i64>(256, block);
+    block = std::min(std::max<i64>(16, kBlockBytes / row_bytes), std::clamp<i64>(kStateBytes / state_bytes, 32, 2048));
+    block = std::min(block > kPanel ? block / kPanel * kPanel : block, std::max<i64>(n, 1));
+    panel = std::min(block, kPanel);
     tile = std::clamp<i64>(kTileBytes / (panel * number_bytes), 16, std::max<i64>(16, kBlockBytes / row_bytes));
   }
   i64 by_rows, by_keys;    // threads

@@ -14,8 +14,8 @@ inline Metric metric_of(const std::string& name) {
   return name == "l2" ? Metric::kL2 : name == "dot" ? Metric::kDot : Metric::kCosine;
 }
 
-constexpr i64 kGroup = 16;            // scores that a search looks at together
-constexpr double kCosineEps = 1e-12;  // the reference's
+constexpr i64 kGroup = 16, kWide = 64;  // scores that a search looks at together
+constexpr double kCosineEps = 1e-12;    // the reference's
 
 template <typename T>
 T length(const T* x, i64 d) {

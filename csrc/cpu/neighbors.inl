@@ -15,41 +15,44 @@ LEAF T largest(const T* s, const T* bias, i64 n) {
   return unordered ? std::numeric_limits<T>::quiet_NaN() : m;
 }
 
+// Whether any of n scores, a constant where it can be, is `value` (NaN is NaN here).
+template <typename T>
+INLINE bool any_is(const T* s, const T* bias, i64 n, T value) {
+  const bool unordered = value != value;
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (i64 j = 0; j < n; ++j) {
+    const T x = s[j] - bias[j];
+    found |= unordered ? x != x : x == value;
+  }
+  return found;
+}
+
 // Where `value` is first found; n if nowhere.
 template <typename T>
 LEAF i64 find(const T* s, const T* bias, i64 n, T value) {
-  const bool unordered = value != value;
-  for (i64 first = 0; first < n; first += kGroup) {
-    const i64 end = first + kGroup < n ? first + kGroup : n;
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (i64 j = first; j < end; ++j) {
-      const T x = s[j] - bias[j];
-      found |= unordered ? x != x : x == value;
-    }
-    if (!found)
-      continue;
-    for (i64 j = first;; ++j) {
-      const T x = s[j] - bias[j];
-      if (unordered ? x != x : x == value)
-        return j;
-    }
-  }
-  return n;
+  i64 j = 0;
+  while (j + kWide <= n && !any_is(s + j, bias + j, kWide, value)) j += kWide;
+  while (j + kGroup <= n && !any_is(s + j, bias + j, kGroup, value)) j += kGroup;
+  while (j < n && !any_is(s + j, bias + j, 1, value)) ++j;
+  return j;
 }
 
-// The first group from `from` on with a score that is not at most `threshold`; n if none is left.
+template <typename T>
+INLINE bool any_above(const T* s, const T* bias, i64 n, T threshold) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (i64 j = 0; j < n; ++j) found |= !(s[j] - bias[j] <= threshold);
+  return found;
+}
+
+// The first group of kGroup, counted from `from`, with a score that is not at most `threshold`; n if none is left.
 template <typename T>
 LEAF i64 next_group(const T* s, const T* bias, i64 from, i64 n, T threshold) {
-  for (i64 first = from; first < n; first += kGroup) {
-    const i64 end = first + kGroup < n ? first + kGroup : n;
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (i64 j = first; j < end; ++j) found |= !(s[j] - bias[j] <= threshold);
-    if (found)
-      return first;
-  }
-  return n;
+  i64 j = from;
+  while (j + kWide <= n && !any_above(s + j, bias + j, kWide, threshold)) j += kWide;
+  while (j + kGroup <= n && !any_above(s + j, bias + j, kGroup, threshold)) j += kGroup;
+  return j + kGroup <= n || any_above(s + j, bias + j, n - j, threshold) ? j : n;
 }
 
 // best_j and index_j of each column: the largest s_ij - bias_i so far, and its row

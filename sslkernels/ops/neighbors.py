@@ -67,11 +67,18 @@ def topk_similarity(
                               the k largest over j of <q_i, k_j> / (|q_i| |k_j|)      metric="cosine"
                               the k smallest over j of |q_i - k_j|^2                  metric="l2"
 
-    Args, raises, equal scores, NaN: as in `nearest`.
+    Args:
+        queries: (N, D).
+        keys: (M, D), M > 0; None: the queries themselves.
         k: 1 to M, or to M - 1 with exclude_self.
+        exclude_self: as in `nearest`.
 
     Returns:
-        values (N, k), float32 (float64 if an input is), and indices (N, k), int64. No gradient.
+        values (N, k), float32 (float64 if an input is), and indices (N, k), int64. No gradient. NaN and how exact the
+        choice is: as in `nearest`.
+
+    Raises:
+        ValueError, TypeError: as in `nearest`; k out of range.
 
     Example:
         >>> features = torch.randn(100, 16)

@@ -118,8 +118,8 @@ def koleo(x: Tensor, p: float = 2.0, eps: float = EPS) -> Tensor:
         loss = -mean_i log(|u_i - u_n(i) + eps|_p + eps)        eps is added to every component
 
     The gradient reaches u_i and its neighbour. In 16 bits eps would be zero and a pair of equal rows infinite, so that
-    nothing here is; two equal rows cost -log(eps (sqrt(D) + 1)) each, 15.4 at D = 384. See `sslkernels.losses.koleo`
-    for what has no gradient.
+    nothing here is; two equal rows cost -log(eps (sqrt(D) + 1)) each, 15.4 at D = 384. See
+    `sslkernels.losses.koleo_loss` for what has no gradient.
 
     Source: Sablayrolles et al. 2019 (arXiv:1806.03198), facebookresearch/dinov2 `dinov2/loss/koleo_loss.py`.
     """
