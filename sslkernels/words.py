@@ -23,6 +23,7 @@ class WordData(NamedTuple):
 
     train_pairs: Tensor
     test_pairs: Tensor
+    words: Tensor  # (V,) all ids
     train_sentences: list[Tensor]
     test_sentences: list[Tensor]
     vocabulary: text.Vocabulary  # of the training part
@@ -50,4 +51,4 @@ def word_pairs(
     for number, part in enumerate(ids):
         drawn = training_pairs(*flatten(part), table, keep, torch.tensor(seed + number), window, 0)
         pairs.append(torch.stack((drawn.inputs, drawn.outputs), 1))
-    return WordData(pairs[0], pairs[1], ids[0], ids[1], vocabulary)
+    return WordData(pairs[0], pairs[1], torch.arange(len(vocabulary)), ids[0], ids[1], vocabulary)

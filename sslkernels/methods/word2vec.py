@@ -72,6 +72,10 @@ class Word2Vec(Method):
         self.register_buffer("keep", keep_probability(counts, sample))
 
     @property
+    def dim(self) -> int:
+        return self.input_weight.shape[1]
+
+    @property
     def table(self) -> AliasTable:
         return AliasTable(self.threshold, self.alias)
 

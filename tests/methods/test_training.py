@@ -16,7 +16,6 @@ from sslkernels.evaluation import spread
 from sslkernels.presets import PRESETS
 
 METHODS = list(PRESETS)
-OF_ITEMS = [name for name in METHODS if PRESETS[name].scores != "contexts"]  # word vectors are of words
 
 
 class Learns(NamedTuple):
@@ -74,7 +73,7 @@ def test_learns(trained, name):
     assert run.accuracy()[expected.how] > max(untrained[expected.how] + expected.gain, expected.least)
 
 
-@pytest.mark.parametrize("name", OF_ITEMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_does_not_collapse(trained, name):
     """The held-out features point in many directions."""
     assert spread(trained(name).run.features()[1]) > LEARNS[name].spread
@@ -107,10 +106,10 @@ def test_resumes_bit_for_bit(training, name):
 
 
 def backbone(method):
-    return method.backbone if hasattr(method, "backbone") else method.image_encoder
+    return method.backbone if hasattr(method, "backbone") else getattr(method, "image_encoder", method)
 
 
-@pytest.mark.parametrize("name", OF_ITEMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_encodes(training, name):
     """One row of features an item, of the width that the backbone tells, the same whatever else is in the batch."""
     run = training(name)
