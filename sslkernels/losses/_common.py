@@ -40,7 +40,13 @@ def check_labels(
     check.floating(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} must be (..., D), got shape {tuple(x.shape)}")
-    check.features(**{name: x.flatten(0, -2), classes[0]: classes[1]})
+    classes_name, weight = classes
+    check.features(**{classes_name: weight})
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{classes_name} must have as many features as {name} ({x.shape[-1]}), got shape {tuple(weight.shape)}"
+        )
+    check.same_device(classes_name, weight, name, x)
     check.tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
@@ -50,9 +56,9 @@ def check_labels(
     if labels.numel() == 0:
         raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
     if bias is not None:
-        check.vector("bias", bias, classes[1].shape[0], x, check.FLOATS)
+        check.vector("bias", bias, weight.shape[0], x, check.FLOATS)
     check.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    check.ids("labels", labels, classes[1].shape[0], ignore=ignore_index)
+    check.ids("labels", labels, weight.shape[0], ignore=ignore_index)
 
 
 def check_sequences(**tensors: Any) -> None:

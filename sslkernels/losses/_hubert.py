@@ -73,13 +73,11 @@ def hubert_loss(
         parts = [(hidden, pred_masked_weight), (seen, pred_nomask_weight)]
     parts = [(target, weight) for target, weight in parts if weight]
     one = reduction if len(parts) == 1 or reduction == "none" else "sum"
-    losses = [
-        weight * linear_cross_entropy(q, units, target, reduction=one, ignore_index=ignore_index)
-        for target, weight in parts
-    ]
+    losses = [linear_cross_entropy(q, units, target, reduction=one, ignore_index=ignore_index) for target, _ in parts]
     if len(losses) == 1:
-        return losses[0]
-    total = losses[0] + losses[1]
+        # a loss as it is needs no further pass over its gradients
+        return losses[0] if parts[0][1] == 1 else parts[0][1] * losses[0]
+    total = parts[0][1] * losses[0] + parts[1][1] * losses[1]
     return total / (labels != ignore_index).sum() if reduction == "mean" else total
 
 
