@@ -59,8 +59,10 @@ class Strips {
         widest(((width + 15) / 16 + count - 1) / count * 16),
         width_(width),
         summed_(summed),
+        columns_(std::clamp<i64>((summed * depth + kProduct - 1) / kProduct, 1, std::max<i64>(1, depth / kColumns))),
+        part_(summed * (depth + (depth + 15) / 16 / columns_ * 16 + 16)),
         layers_(threads * widest * depth),
-        parts_(summed > 0 ? threads * (summed + kRowsAtOnce) * depth : 0) {}
+        parts_(threads * part_) {}
 
   // f(thread, strip), each thread on its own strips in order
   template <typename F>
@@ -91,16 +93,21 @@ class Strips {
 
   void forget_sums() { started_.assign(threads, false); }
   bool has_sum(i64 t) const { return started_[t]; }
-  T* sum(i64 t) const { return parts_ + t * (summed_ + kRowsAtOnce) * depth; }
+  T* sum(i64 t) const { return parts_ + t * part_; }
 
   // adds a times layer to the first a.rows rows of the thread's sum
   void add_product(i64 t, const View<T>& a, const View<T>& layer) {
     T *out = sum(t), *product = out + summed_ * depth;
-    const i64 times = (a.rows + kRowsAtOnce - 1) / kRowsAtOnce;
-    for (i64 k = 0; k < times; ++k) {
-      const i64 r = a.rows * k / times, n = a.rows * (k + 1) / times - r;
-      accumulate<T>({out + r * depth, n, depth, depth, 1}, {a.data + r * a.row_stride, n, a.cols, a.row_stride, 1},
-                    layer, started_[t], product);
+    for (i64 k = 0; k < columns_; ++k) {
+      const Range some = part(0, depth, k, columns_);
+      const i64 n = some.size();
+      const View<T> own{layer.data + some.begin, layer.rows, n, layer.row_stride, 1};
+      if (started_[t]) {
+        multiply<T>({product, a.rows, n, n, 1}, a, own);
+        tiles<T>().add(out + some.begin, depth, product, n, a.rows, n);
+      } else {
+        multiply<T>({out + some.begin, a.rows, n, depth, 1}, a, own);
+      }
     }
     started_[t] = true;
   }
@@ -108,7 +115,8 @@ class Strips {
   const i64 depth, threads, count, widest;
 
  private:
-  static constexpr i64 kRowsAtOnce = 512;  // of a product that stays in the cache until it is added
+  static constexpr i64 kProduct = i64(5) << 15;  // elements of a product, which waits in the cache to be added
+  static constexpr i64 kColumns = 384;           // that are worth a product of their own
 
   template <typename F>
   void visit(i64 t, i64 k, const F& f) const {
@@ -117,7 +125,7 @@ class Strips {
       f(t, strip);
   }
 
-  const i64 width_, summed_;
+  const i64 width_, summed_, columns_, part_;  // columns_: parts that a product with the layer is made in
   Buffer<T> layers_, parts_;
   std::vector<char> started_;
 };

@@ -145,7 +145,7 @@ class Sweeps {
   }
 
  private:
-  static constexpr i64 kTileBytes = i64(5) << 18;
+  static constexpr i64 kTileBytes = i64(7) << 17;
 
   // Of a row: share softmax - even, but at the target
   struct Slopes {
@@ -350,7 +350,7 @@ void split(Range rows, i64 most, Keep keep, std::vector<Chunk>* out) {
 // The rule of the family. Where the layer's gradient is wanted, exponentials are kept, in its memory for the first rows
 // and in a panel for the rest, or they are computed again, whichever costs less. Costs are counted in rows of a product
 // with the layer: to read and to pack the layer costs what kRead rows more would, to add to its gradient kAdd. A panel
-// has an eighth of all logits, so 1/24 of what the unfused form needs; at least `panel_bytes`, at most kLarge or what
+// has a ninth of all logits, so 1/27 of what the unfused form needs; at least `panel_bytes`, at most kLarge or what
 // the layer takes.
 template <typename T>
 std::vector<Chunk> plan(const Head<T>& head, const Gradients<T>& out, i64 panel_bytes) {
@@ -362,7 +362,7 @@ std::vector<Chunk> plan(const Head<T>& head, const Gradients<T>& out, i64 panel_
     split({0, n}, kRowsOfTile, Keep::kNowhere, &best);
     return best;
   }
-  const i64 bytes = std::max(panel_bytes, std::min(n * row / 8, std::max(kLarge, row * head.depth)));
+  const i64 bytes = std::max(panel_bytes, std::min(n * row / 9, std::max(kLarge, row * head.depth)));
   const i64 products = 1 + (out.input ? 1 : 0) + (out.weight ? 1 : 0), reads = out.input ? 2 : 1;
   double least = 0;
   for (const i64 first : {out.weight ? std::min({n, head.depth, kRowsOfTile}) : 0, i64(0)}) {
