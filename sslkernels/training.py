@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels import data, text, video, words
+from sslkernels import data, speech, text, video, words
 from sslkernels.evaluation import context_accuracy, extract_features, knn_accuracy, linear_probe
 from sslkernels.methods import Word2Vec
 from sslkernels.presets import PRESETS
@@ -29,6 +29,7 @@ DATA: dict[str, Callable[[], Any]] = {
     "photographs": data.photographs,
     "clips": video.clips,
     "news": lambda: text.passages(text.lee_background()),
+    "conversation": speech.speech,
     "articles": lambda: text.passages(text.head500()),
     "words": words.word_pairs,
 }
@@ -157,6 +158,7 @@ def _columns(training: Training, chosen: Tensor) -> tuple[Tensor, ...]:
 BATCHES: dict[str, Callable[[Training, Tensor], Any]] = {
     "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items,
     "pairs": _columns,
+    "waveforms": _items,
 }  # fmt: skip
 
 
@@ -177,9 +179,30 @@ def _contexts(training: Training) -> dict[str, float]:
     return {"contexts": context_accuracy(method.input_weight, method.output_weight, training.data[1])}
 
 
+def _speech(training: Training) -> dict[str, float]:
+    """Those of the features, and how often the method is right at its own task, on the held-out items."""
+    generator = torch.Generator().manual_seed(0)
+    right = extract_features(
+        training.method,
+        training.data[2],
+        encode=lambda items: training.method.pretext_accuracy(items, generator=generator)[None],  # type: ignore[operator]
+        batch_size=training.preset.batch_size,
+    )
+    return {**_features(training), "pretext": float(right.mean())}
+
+
 # What `Training.accuracy` tells, by the name in `Preset.scores`; and what each score is called.
-SCORES: dict[str, Callable[[Training], dict[str, float]]] = {"features": _features, "contexts": _contexts}
-TITLES = {"knn": "kNN accuracy, %", "probe": "linear probe, %", "contexts": "contexts known, %"}
+SCORES: dict[str, Callable[[Training], dict[str, float]]] = {
+    "features": _features,
+    "contexts": _contexts,
+    "speech": _speech,
+}
+TITLES = {
+    "knn": "kNN accuracy, %",
+    "probe": "linear probe, %",
+    "contexts": "contexts known, %",
+    "pretext": "its own task, %",
+}
 
 
 def steps_in(name: str, seconds: float) -> int:

@@ -4,9 +4,11 @@
 from sslkernels.methods.barlow_twins import BarlowTwins
 from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
+from sslkernels.methods.cpc import CPC
 from sslkernels.methods.data2vec import Data2Vec
 from sslkernels.methods.dino import DINO
 from sslkernels.methods.dinov2 import DINOv2
+from sslkernels.methods.hubert import HuBERT
 from sslkernels.methods.ibot import IBOT
 from sslkernels.methods.ijepa import IJEPA
 from sslkernels.methods.mae import MAE
@@ -20,11 +22,13 @@ from sslkernels.methods.swav import SwAV
 from sslkernels.methods.vicreg import VICReg
 from sslkernels.methods.videomae import VideoMAE
 from sslkernels.methods.vjepa import VJEPA
+from sslkernels.methods.wav2vec2 import Wav2Vec2
 from sslkernels.methods.word2vec import Word2Vec
 
 __all__ = [
     "BYOL",
     "CLIP",
+    "CPC",
     "DINO",
     "IBOT",
     "IJEPA",
@@ -34,6 +38,7 @@ __all__ = [
     "BarlowTwins",
     "DINOv2",
     "Data2Vec",
+    "HuBERT",
     "MoCo",
     "SigLIP",
     "SimCLR",
@@ -42,5 +47,6 @@ __all__ = [
     "SwAV",
     "VICReg",
     "VideoMAE",
+    "Wav2Vec2",
     "Word2Vec",
 ]

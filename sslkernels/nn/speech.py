@@ -116,6 +116,7 @@ class SpeechTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         kernel: int = 128,
         groups: int = 16,
+        weight_init: str = "normal",
     ) -> None:
         super().__init__()
         if embed_dim % num_heads or embed_dim % groups:
@@ -127,7 +128,7 @@ class SpeechTransformer(nn.Module):
         self.positions = ConvPositionalEmbedding(embed_dim, kernel=kernel, groups=groups)
         self.blocks = nn.Sequential(*(TransformerBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(embed_dim)
-        init_linear(self, "normal")
+        init_linear(self, weight_init)
 
     def forward_tokens(self, x: Tensor, *, depth: int | None = None) -> Tensor:
         """The context of projected frames (B, T, dim); with `depth`, what leaves that block, not normalized."""
