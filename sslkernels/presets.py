@@ -25,8 +25,8 @@ class Preset(NamedTuple):
     """`make(total_steps)` builds the method; momentum schedules end with the training.
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
-    local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words.
-    `standardize`: give the network items of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
+    local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words, "waveforms" as they
+    are. `standardize`: give the network items of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
     """
 
     make: Callable[[int], Method]
@@ -215,7 +215,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cpc": Preset(
         lambda steps: methods.CPC(SpeechGRU(ConvFeatureEncoder(_CPC_LAYERS, norm="layer"), dim=64)),
-        **{**_SPEECH, "lr": 2e-3, "batch_size": 8},
+        **{**_SPEECH, "batch_size": 8},
     ),
     "wav2vec2": Preset(
         lambda steps: methods.Wav2Vec2(

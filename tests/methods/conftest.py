@@ -16,7 +16,7 @@ from sslkernels.presets import PRESETS
 from sslkernels.training import Training
 
 # A transformer's step takes longer; iBOT, whose class tokens nothing keeps apart, needs more of them.
-STEPS = {"digits": 150, "photographs": 60, "clips": 100, "words": 200, "ibot": 120}
+STEPS = {"digits": 150, "photographs": 60, "clips": 100, "words": 200, "ibot": 120, "conversation": 150}
 
 
 def steps_of(name: str) -> int:

@@ -155,10 +155,12 @@ def test_pretext_accuracy_counts(windows, labels, monkeypatch):
 
 
 def test_trains_on_real_speech(trained):
-    """The units of held-out hidden frames are named more often than the commonest one is there."""
+    """The units of held-out hidden frames are named more often than by naming the commonest of the training."""
     run = trained("hubert").run
-    commonest = run.method.targets(run.data[2], 49).flatten().bincount().max() / (200 * 49)
-    assert run.accuracy()["pretext"] > 1.1 * commonest
+    heard, held_out = (run.method.targets(run.data[part], 49).flatten() for part in (0, 2))
+    commonest = (held_out == heard.bincount().argmax()).float().mean()
+    assert run.accuracy()["pretext"] > 1.25 * commonest  # 0.117 against COMMON
+
 
 
 @pytest.mark.parametrize(
