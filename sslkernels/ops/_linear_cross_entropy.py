@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslkernels import _checks as check
 from sslkernels._autocast import cast_features
-from sslkernels.ops._emitted import emitted_gradients, save_emitted
+from sslkernels.ops._emitted import emitted_gradients, save_emitted, wants_grad
 from sslkernels.ops._registry import define, differentiable, once_differentiable
 from sslkernels.reference import _linear_cross_entropy as reference
 from sslkernels.reference._precision import compute_dtype
@@ -80,8 +80,7 @@ def linear_cross_entropy(
     options = (ignore_index, float(label_smoothing), float(z_loss))
     if reduction == "none":
         return _rows(*layer, *options)[0].reshape(target.shape)
-    wanted = [y is not None and y.requires_grad and torch.is_grad_enabled() for y in layer[:3]]
-    return _loss(*layer, *options, reduction == "mean", PANEL_BYTES, wanted)[0]
+    return _loss(*layer, *options, reduction == "mean", PANEL_BYTES, wants_grad(*layer[:3]))[0]
 
 
 def _check_shapes(input: Any, weight: Any, target: Any, bias: Any) -> None:
