@@ -10,6 +10,8 @@ from sslkernels.nn import (
     Predictor,
     ProjectionHead,
     ResidualCNN,
+    TextTransformer,
+    TransformerBlock,
     VisionTransformer,
     feature_dim,
     sincos_positions,
@@ -228,3 +230,49 @@ def test_predictor_predicts_every_block_on_its_own():
     positions = sincos_positions((2, 3), 16).double()
     x = torch.cat([predictor.embed(context[1]) + positions[[0, 2, 5]], predictor.mask_tokens[0] + positions[[1, 3]]])
     torch.testing.assert_close(both[1, 0], predictor.project(predictor.norm(predictor.blocks(x[None])[0, 3:])))
+
+
+def text_transformer(**options) -> TextTransformer:
+    torch.manual_seed(0)
+    return TextTransformer(50, max_length=12, embed_dim=16, depth=2, num_heads=2, **options).eval()
+
+
+def test_block_sees_what_the_mask_lets_it():
+    torch.manual_seed(0)
+    block, x = TransformerBlock(16, 2, 2.0), torch.rand(2, 5, 16)
+    y = torch.cat([x[:, :3], torch.rand(2, 2, 16)], dim=1)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(block(x, causal)[:, :3], block(y, causal)[:, :3])
+    assert not torch.allclose(block(x)[:, :3], block(y)[:, :3], atol=1e-3)
+    torch.testing.assert_close(block(x, torch.ones_like(causal)), block(x))
+
+
+def test_text_transformer_ignores_padding_and_nothing_else():
+    encoder = text_transformer()
+    tokens = torch.tensor([[7, 8, 9, 10, 11, 12]])
+    padded = torch.nn.functional.pad(tokens, (0, 3))
+    torch.testing.assert_close(encoder(padded), encoder(tokens))
+    torch.testing.assert_close(encoder.forward_features(padded)[:, :6], encoder.forward_features(tokens))
+    assert torch.equal(encoder.valid(padded), padded != 0)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    for other in (encoder(tokens.flip(1)), encoder(tokens, segments), encoder(tokens + 1)):
+        assert not torch.allclose(other, encoder(tokens), atol=1e-3)
+    torch.testing.assert_close(encoder(tokens, torch.zeros_like(segments)), encoder(tokens))
+    assert encoder(torch.zeros(2, 4, dtype=torch.int64)).isfinite().all()  # nothing but padding
+
+
+def test_text_transformer_pools_the_first_token_or_the_mean():
+    tokens = torch.tensor([[7, 8, 9, 0], [7, 8, 9, 10]])
+    first, mean = text_transformer(pool="first"), text_transformer()
+    states = mean.forward_features(tokens)
+    assert torch.equal(first(tokens), states[:, 0])
+    torch.testing.assert_close(mean(tokens), torch.stack([states[0, :3].mean(0), states[1].mean(0)]))
+
+
+def test_text_transformer_refuses():
+    with pytest.raises(ValueError, match=r"at most 12 long, got \(2, 13\)"):
+        text_transformer()(torch.ones(2, 13, dtype=torch.int64))
+    with pytest.raises(ValueError, match="pool"):
+        text_transformer(pool="max")
+    with pytest.raises(ValueError, match="num_heads=3"):
+        TextTransformer(50, embed_dim=16, num_heads=3)

@@ -6,6 +6,8 @@ from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predicto
 from sslkernels.nn.heads import DINOHead, WeightNormLinear
 from sslkernels.nn.quantizers import GumbelVectorQuantizer, VectorQuantizer
 from sslkernels.nn.speech import ConvFeatureEncoder, ConvPositionalEmbedding, SpeechGRU, SpeechTransformer
+from sslkernels.nn.text import TextTransformer
+from sslkernels.nn.tokenizers import PatchTokenizer
 from sslkernels.nn.transformer import TransformerBlock, VisionTransformer, sincos_positions
 
 __all__ = [
@@ -15,11 +17,13 @@ __all__ = [
     "DINOHead",
     "GumbelVectorQuantizer",
     "MaskedDecoder",
+    "PatchTokenizer",
     "Predictor",
     "ProjectionHead",
     "ResidualCNN",
     "SpeechGRU",
     "SpeechTransformer",
+    "TextTransformer",
     "TransformerBlock",
     "VectorQuantizer",
     "VisionTransformer",

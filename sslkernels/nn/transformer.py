@@ -15,7 +15,10 @@ from sslkernels.ops import embed_patches, gather_tokens
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP, tokens (B, L, dim) -> (B, L, dim)."""
+    """Pre-norm self-attention and MLP, tokens (B, L, dim) -> (B, L, dim).
+
+    `mask` is bool and broadcast to (B, heads, L, L): where it is False, the row's token does not see the column's.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -27,20 +30,20 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The first half of the block, with its residual."""
         b, length, dim = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, length, dim)
+        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, length, dim)
         return x + self.proj(attended)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half without its residual: what data2vec 2.0 predicts."""
         return self.mlp(self.norm2(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attend(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.attend(x, mask)
         return x + self.feed_forward(x)
 
 
