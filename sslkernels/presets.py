@@ -11,12 +11,20 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sslkernels import data, methods, speech, words
 from sslkernels.methods._method import Method
 from sslkernels.methods.hubert import ClusterLabels
-from sslkernels.nn import ConvFeatureEncoder, ResidualCNN, SpeechGRU, SpeechTransformer, VisionTransformer
+from sslkernels.nn import (
+    ConvFeatureEncoder,
+    PatchTokenizer,
+    ResidualCNN,
+    SpeechGRU,
+    SpeechTransformer,
+    TextTransformer,
+    VisionTransformer,
+)
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -25,8 +33,9 @@ class Preset(NamedTuple):
     """`make(total_steps)` builds the method; momentum schedules end with the training.
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
-    local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words, "waveforms" as they
-    are. `standardize`: give the network items of mean 0 and deviation 1. `scores` names what `Training.accuracy` tells.
+    local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words, "sentences" pairs of
+    those, "waveforms" as they are. `standardize`: give the network items of mean 0 and deviation 1. `scores` names what
+    `Training.accuracy` tells.
     """
 
     make: Callable[[int], Method]
@@ -75,6 +84,23 @@ def _speech_transformer() -> SpeechTransformer:
 @functools.cache
 def _units() -> ClusterLabels:
     return ClusterLabels.fit(speech.speech().train_windows, UNITS)
+
+
+@functools.cache
+def _codebook() -> Tensor:
+    """128 centroids of the patches of a sixth of the photographs' training crops."""
+    return PatchTokenizer.fit(data.photographs().train_images[::6], 128, patch_size=4, iterations=10).centroids
+
+
+def _beit(steps: int) -> Method:
+    backbone = _vit(class_token=False, weight_init="glorot", mean=(0.45, 0.43, 0.40), std=(0.27, 0.26, 0.27))
+    return methods.BEiT(
+        backbone, PatchTokenizer(_codebook(), 4), num_codes=len(_codebook()), mask_options={"min_patches": 4}
+    )
+
+
+def _bert(steps: int) -> Method:
+    return methods.BERT(TextTransformer(2048, max_length=64, embed_dim=64, depth=2, weight_init="glorot"))
 
 
 _DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
@@ -235,4 +261,6 @@ PRESETS: dict[str, Preset] = {
         ),
         **_SPEECH,
     ),
+    "beit": Preset(_beit, data="photographs", batch="images", batch_size=32, lr=4e-3),
+    "bert": Preset(_bert, data="news", batch="sentences", batch_size=16, lr=3e-3, scores="chosen"),
 }

@@ -2,6 +2,8 @@
 """Self-supervised methods, one a file, each a thin `nn.Module` over any backbone; `docs/methods.md` is their table."""
 
 from sslkernels.methods.barlow_twins import BarlowTwins
+from sslkernels.methods.beit import BEiT
+from sslkernels.methods.bert import BERT
 from sslkernels.methods.byol import BYOL
 from sslkernels.methods.clip import CLIP
 from sslkernels.methods.cpc import CPC
@@ -26,6 +28,7 @@ from sslkernels.methods.wav2vec2 import Wav2Vec2
 from sslkernels.methods.word2vec import Word2Vec
 
 __all__ = [
+    "BERT",
     "BYOL",
     "CLIP",
     "CPC",
@@ -35,6 +38,7 @@ __all__ = [
     "MAE",
     "NNCLR",
     "VJEPA",
+    "BEiT",
     "BarlowTwins",
     "DINOv2",
     "Data2Vec",

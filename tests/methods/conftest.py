@@ -16,7 +16,10 @@ from sslkernels.presets import PRESETS
 from sslkernels.training import Training
 
 # A transformer's step takes longer; iBOT, whose class tokens nothing keeps apart, needs more of them.
-STEPS = {"digits": 150, "photographs": 60, "clips": 100, "words": 200, "ibot": 120, "conversation": 150}
+STEPS = {
+    "digits": 150, "photographs": 60, "clips": 100, "words": 200, "conversation": 150, "news": 300, "ibot": 120,
+    "beit": 200,
+}  # fmt: skip
 
 
 def steps_of(name: str) -> int:
