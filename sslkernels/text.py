@@ -120,8 +120,6 @@ class TextData(NamedTuple):
     test_labels: Tensor
     classes: tuple[str, ...]  # the documents' first words
     tokenizer: Any
-    train_documents: list[list[list[int]]]  # the parts that the passages are cut from: documents of sentences of ids
-    test_documents: list[list[list[int]]]
 
 
 class SentencePairs(NamedTuple):
@@ -188,8 +186,7 @@ def passages(
         raise ValueError(f"length must be at least 3, got {length}")
     parts = split(documents, train_share)
     tokenizer = train_tokenizer((sentence for document in parts[0] for sentence in document), vocab_size=vocab_size)
-    encoded = [encode(tokenizer, part) for part in parts]
-    windows = [[_windows(document, length) for document in part] for part in encoded]
+    windows = [[_windows(document, length) for document in encode(tokenizer, part)] for part in parts]
     tensors, classes = ([], [], [], []), []  # type: tuple[list[Tensor], ...], list[str]
     for document, *both in zip(parts[0], *windows):
         if not all(both):
@@ -201,7 +198,7 @@ def passages(
     if not classes:
         raise ValueError(f"no document has {length} tokens on either side")
     train, train_labels, test, test_labels = (torch.cat(part) for part in tensors)
-    return TextData(train, train_labels, test, test_labels, tuple(classes), tokenizer, *encoded)
+    return TextData(train, train_labels, test, test_labels, tuple(classes), tokenizer)
 
 
 def _windows(document: list[list[int]], length: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ DATA: dict[str, Callable[[], Any]] = {
     "clips": video.clips,
     "conversation": speech.speech,
     "words": words.word_pairs,
-    "news": lambda: text.passages(text.lee_background(), length=64),
+    "news": lambda: text.passages(text.lee_background(), length=16, vocab_size=256),
 }
 
 
@@ -153,28 +153,10 @@ def _columns(training: Training, chosen: Tensor) -> tuple[Tensor, ...]:
     return training.data[0][chosen].unbind(1)
 
 
-@functools.cache
-def _sentence_pool(name: str) -> text.SentencePairs:
-    """BERT's ten passes over the training part, each with pairs of its own."""
-    news, generator = dataset(name), torch.Generator().manual_seed(0)
-    passes = [_pairs_of(news.train_documents, news, generator) for _ in range(10)]
-    return text.SentencePairs(*(torch.cat(parts) for parts in zip(*passes)))
-
-
-def _pairs_of(documents: list[list[list[int]]], news: text.TextData, generator: torch.Generator) -> text.SentencePairs:
-    return text.sentence_pairs(documents, length=news.train_tokens.shape[1], generator=generator)
-
-
-def _sentences(training: Training, chosen: Tensor) -> tuple[Tensor, ...]:
-    pool = _sentence_pool(training.preset.data)
-    rows = torch.randint(len(pool.tokens), chosen.shape, generator=training.generator)
-    return tuple(part[rows] for part in pool)
-
-
 # What a step takes of the chosen items, by the name in `Preset.batch`.
 BATCHES: dict[str, Callable[[Training, Tensor], Any]] = {
     "images": _view, "views": _two_views, "crops": _crops, "captions": _captioned, "clips": _items,
-    "pairs": _columns, "sentences": _sentences, "waveforms": _items,
+    "pairs": _columns, "tokens": _items, "waveforms": _items,
 }  # fmt: skip
 
 
@@ -207,16 +189,13 @@ def _speech(training: Training) -> dict[str, float]:
     return {**_features(training), "pretext": float(right.mean())}
 
 
-def _chosen_tokens(training: Training) -> dict[str, float]:
-    """BERT's `masked_lm_accuracy` on pairs of held-out sentences: of the tokens that are asked for, 80% are [MASK], 10%
-    another one and 10% themselves, the share that is named."""
-    news, method, generator = training.data, training.method, torch.Generator().manual_seed(0)
+def _masked_tokens(training: Training) -> dict[str, float]:
+    """The share of the [MASK]s in held-out passages that are named rightly."""
+    method, generator = training.method, torch.Generator().manual_seed(0)
     assert isinstance(method, BERT)
-    tokens, segments, _ = _pairs_of(news.test_documents, news, generator)
-    inputs, labels = method.mask(tokens, generator)
-    rows = torch.stack([inputs, segments, labels], dim=1)
-    named = extract_features(method, rows, encode=lambda x: method.fill(x[:, 0], x[:, 1], x[:, 2] >= 0))
-    return {"chosen": (named == labels)[labels >= 0].double().mean().item()}
+    inputs, labels = method.mask(training.data[2], generator)
+    named = extract_features(method, inputs, encode=method.fill)
+    return {"masked": (named == labels)[inputs == method.mask_token].double().mean().item()}
 
 
 # What `Training.accuracy` tells, by the name in `Preset.scores`; and what each score is called.
@@ -224,14 +203,14 @@ SCORES: dict[str, Callable[[Training], dict[str, float]]] = {
     "features": _features,
     "contexts": _contexts,
     "speech": _speech,
-    "chosen": _chosen_tokens,
+    "masked": _masked_tokens,
 }
 TITLES = {
     "knn": "kNN accuracy, %",
     "probe": "linear probe, %",
     "contexts": "contexts known, %",
     "pretext": "its own task, %",
-    "chosen": "chosen tokens, %",
+    "masked": "[MASK]s named, %",
 }
 
 

@@ -17,7 +17,7 @@ from sslkernels.training import Training
 
 # A transformer's step takes longer; iBOT, whose class tokens nothing keeps apart, needs more of them.
 STEPS = {
-    "digits": 150, "photographs": 60, "clips": 100, "words": 200, "conversation": 150, "news": 300, "ibot": 120,
+    "digits": 150, "photographs": 60, "clips": 100, "words": 200, "conversation": 150, "news": 800, "ibot": 120,
     "beit": 350,
 }  # fmt: skip
 
