@@ -60,7 +60,7 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def provenance(threads: int, arguments: list[str]) -> dict[str, Any]:
+def provenance(threads: int, arguments: list[str], module: str = "benchmarks") -> dict[str, Any]:
     """Goes into every case's record, so that cases measured at different commits can share a file."""
     import torch
 
@@ -78,5 +78,5 @@ def provenance(threads: int, arguments: list[str]) -> dict[str, Any]:
         "instruction_set": facts["instruction_set"]["level"],
         "without_kernel": sorted(op for op, served in facts["ops"].items() if served["cpu"] == "reference"),
         "threads": threads,
-        "command": " ".join(["python -m benchmarks", *arguments]),
+        "command": " ".join([f"python -m {module}", *arguments]),
     }

@@ -178,8 +178,7 @@ def main(arguments: list[str]) -> int:
     if not options.report:
         torch.set_num_threads(options.threads)
         results = load(path, machine.describe())
-        provenance = machine.provenance(options.threads, arguments)
-        provenance["command"] = " ".join(["python -m benchmarks.methods", *arguments])
+        provenance = machine.provenance(options.threads, arguments, "benchmarks.methods")
         for name in options.only or PRESETS:
             record = measure(name, 2 if options.quick else options.seconds)
             results["methods"][name] = {**record, "provenance": provenance}

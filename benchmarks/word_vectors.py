@@ -152,7 +152,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
     results = measure(2 if options.quick else options.seeds)
-    results |= {"machine": machine.describe(), "provenance": machine.provenance(2, arguments)}
+    results |= {
+        "machine": machine.describe(),
+        "provenance": machine.provenance(2, arguments, "benchmarks.word_vectors"),
+    }
     made = f"{facts(results)}\n\n{table(results)}"
     if not options.quick:
         (RESULTS / "word-vectors.json").write_text(dump(results))

@@ -112,6 +112,8 @@ def _initial(x: Tensor, k: int, init: Any, draws: torch.Generator) -> Tensor:
         check.features(x=x, init=init)
         if init.shape[0] != k:
             raise ValueError(f"init must have k = {k} rows, got shape {tuple(init.shape)}")
+        if not init.isfinite().all():
+            raise ValueError("init must be finite, got NaN or infinity")
         return init.detach().to(compute_dtype(x), copy=True)
     check.choice("init", init, ("k-means++", "random"))
     count = k if init == "random" else min(len(x), SEEDED_FROM * k)

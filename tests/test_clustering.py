@@ -134,6 +134,7 @@ X = torch.randn(6, 2)
         (lambda: kmeans(X[0], 1), ValueError, "x must be 2-D"),
         (lambda: kmeans(X.int(), 1), TypeError, "x must have a floating dtype"),
         (lambda: kmeans(X / 0, 1), ValueError, "x must be finite, got NaN or infinity"),
+        (lambda: kmeans(X, 2, init=X[:2] / 0), ValueError, "init must be finite, got NaN or infinity"),
         (lambda: kmeans(X, 2, iterations=-1), ValueError, "iterations must be at least 0"),
         (lambda: kmeans(X, 2, tolerance=-1.0), ValueError, "tolerance must be in"),
         (lambda: kmeans(X, 2, init="best"), ValueError, "init must be one of 'k-means++', 'random', got 'best'"),

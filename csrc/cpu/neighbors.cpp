@@ -199,8 +199,10 @@ Found<T> search_self(const Side<T>& side, bool exclude_self) {
   const T* x = side.in_place() ? side.fetch(0, n, dense, &ld, bias) : dense;
   if (!side.in_place()) {
     ld = d;
-    over_rows(n, kFlopsAnElement * n * d,
-              [&](Range rows) { side.fetch(rows.begin, rows.size(), dense + rows.begin * d, &ld, bias + rows.begin); });
+    over_rows(n, kFlopsAnElement * n * d, [&](Range rows) {
+      i64 own_ld;
+      side.fetch(rows.begin, rows.size(), dense + rows.begin * d, &own_ld, bias + rows.begin);
+    });
   }
   std::fill_n(static_cast<T*>(best), threads * n, kNone<T>);
   run(threads, [&](i64 t) {

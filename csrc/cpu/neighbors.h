@@ -66,10 +66,7 @@ class Side {
  public:
   // `centre` is for l2, null otherwise; only keys are brought to unit length, as a query's length changes no choice.
   Side(const Tensor& x, Metric metric, const T* centre, bool keys)
-      : rows(x),
-        metric_(metric == Metric::kCosine && !keys ? Metric::kDot : metric),
-        centre_(centre),
-        dense_(x.scalar_type() == kScalar<T> && x.stride(1) == 1 && x.stride(0) >= x.size(1)) {}
+      : rows(x), metric_(metric == Metric::kCosine && !keys ? Metric::kDot : metric), centre_(centre) {}
 
   // Rows [first, first + count), in place or in `scratch`, and the bias of each.
   const T* fetch(i64 first, i64 count, T* scratch, i64* ld, T* bias) const {
@@ -93,14 +90,13 @@ class Side {
   }
 
   // Whether `fetch` needs no scratch.
-  bool in_place() const { return metric_ == Metric::kDot && dense_; }
+  bool in_place() const { return metric_ == Metric::kDot && rows.direct(); }
 
   const Operand<T> rows;
 
  private:
   Metric metric_;
   const T* centre_;
-  bool dense_;
 };
 
 }  // namespace sslkernels

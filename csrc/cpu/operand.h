@@ -102,6 +102,9 @@ class Operand {
     return scratch;
   }
 
+  // Whether `fetch` needs no scratch.
+  bool direct() const { return direct_; }
+
   void load(i64 first, i64 count, T* dst, T factor) const {
     tiles<T>().load(data_ + first * row_stride_ * bytes_, dtype_, row_stride_, col_stride_, dst, count, cols, factor);
   }

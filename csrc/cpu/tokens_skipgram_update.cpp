@@ -253,6 +253,8 @@ void skipgram_update_(const Tensor& input, const Tensor& output, const Tensor& t
                         window,
                         negatives,
                         *data<uint64_t>(seed)};
+  STD_TORCH_CHECK(options.offsets[0] == 0 && options.offsets[sentences] == tokens.numel(),
+                  "skipgram_update_: offsets must go from 0 to the number of tokens");
   for (i64 s = 0; s < sentences; ++s)
     STD_TORCH_CHECK(options.offsets[s] <= options.offsets[s + 1], "skipgram_update_: offsets must rise");
   with_type(is_double(input), [&](auto zero) {

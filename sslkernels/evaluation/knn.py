@@ -108,7 +108,9 @@ class KNNClassifier:
                 f"k must be between 1 and the {similarity.shape[1]} members of the bank, got {max(self.k)}"
             )
         weight = (similarity.float() / self.temperature).exp()
-        votes = weight.new_zeros(len(weight), self._classes)
+        # neighbours that were merged may be of classes that this bank has not
+        classes = max(self._classes, int(labels.max()) + 1 if labels.numel() else 0)
+        votes = weight.new_zeros(len(weight), classes)
         done = 0
         for k in sorted(set(self.k)):
             votes.scatter_add_(1, labels[:, done:k], weight[:, done:k])

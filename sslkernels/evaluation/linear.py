@@ -142,6 +142,11 @@ class LinearProbe(nn.Module):
         """Share of items that the `best` head names rightly."""
         return float(self.accuracies(features, labels)[self.best])
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of the `best` head; batch norm by its running statistics, as in `accuracy`."""
+        self._check(features)
+        return self._logits(self._input(features, training=False))[:, self.best]
+
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
@@ -52,8 +53,8 @@ def hubert_loss(
 
     Raises:
         ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
-            range; both weights zero; a label outside of [0, C) on the CPU (compiled or on another device its row is
-            NaN).
+            range; both weights zero; a label outside of [0, C) on the CPU (compiled: RuntimeError; on another
+            device its row is NaN).
 
     Example:
         >>> x, units = torch.randn(2, 50, 16, requires_grad=True), torch.rand(100, 16)
@@ -71,14 +72,20 @@ def hubert_loss(
     else:
         hidden, seen = labels.masked_fill(~mask, ignore_index), labels.masked_fill(mask, ignore_index)
         parts = [(hidden, pred_masked_weight), (seen, pred_nomask_weight)]
-    parts = [(target, weight) for target, weight in parts if weight]
+    # a part of weight zero is left out; where that is all of them, nothing is asked
+    nothing = [(torch.full_like(labels, ignore_index), 1.0)]
+    parts = [(target, weight) for target, weight in parts if weight] or nothing
     one = reduction if len(parts) == 1 or reduction == "none" else "sum"
     losses = [linear_cross_entropy(q, units, target, reduction=one, ignore_index=ignore_index) for target, _ in parts]
     if len(losses) == 1:
         # a loss as it is needs no further pass over its gradients
         return losses[0] if parts[0][1] == 1 else parts[0][1] * losses[0]
     total = parts[0][1] * losses[0] + parts[1][1] * losses[1]
-    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+    if reduction != "mean":
+        return total
+    count = (labels != ignore_index).sum()
+    # not divided by 0, which would send infinity to gradients that are 0
+    return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 
 def _check_weights(pred_masked_weight: float, pred_nomask_weight: float) -> None:

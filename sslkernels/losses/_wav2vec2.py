@@ -26,6 +26,7 @@ def wav2vec2_loss(
     num_negatives: int = 100,
     temperature: Tensor | float = 0.1,
     reduction: str = "mean",
+    ids: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     return_stats: bool = False,
@@ -37,10 +38,11 @@ def wav2vec2_loss(
         loss = mean over the masked frames
 
     Distractors are num_negatives draws, uniform over the other masked frames of the utterance, with replacement; a
-    distractor equal to the target, element by element, does not count. fairseq gathers them, several copies of
-    (num_negatives + 1, frames, D); here an utterance's products are one small matrix, weighted by how often each was
-    drawn: memory O(frames^2) for an utterance, whatever num_negatives. fairseq's criterion returns the sum and the
-    number of masked frames, by which the trainer divides. An utterance with one masked frame adds a row of 0.
+    distractor with the target's ids or, without ids, equal to it element by element, does not count. fairseq gathers
+    them, several copies of (num_negatives + 1, frames, D); here an utterance's products are one small matrix, weighted
+    by how often each was drawn: memory O(frames^2) for an utterance, whatever num_negatives. fairseq's criterion
+    returns the sum and the number of masked frames, by which the trainer divides. An utterance with one masked frame
+    adds a row of 0.
 
     Source: Baevski et al. 2020, eq. 3; fairseq `models/wav2vec/wav2vec2.py::{sample_negatives, compute_preds}`.
 
@@ -51,6 +53,8 @@ def wav2vec2_loss(
             that are gathered already.
         temperature: number, or tensor of one element, which then gets its gradient.
         reduction: "mean", "sum", or "none": (B, T), 0 where not masked.
+        ids: (B, T) or (B, T, G) int64, the codes that the targets were made of. A layer behind the quantizer may round
+            two rows of one code differently, which only ids then tell.
         generator, seed: of the draws, as in `sslkernels.ops.random_mask`; neither: torch's own generator.
         return_stats: also return detached `top1` (the target beats all distractors), `positive` and `hardest_negative`
             (mean logits).
@@ -72,6 +76,7 @@ def wav2vec2_loss(
     common.check_options(reduction)
     check.integer("num_negatives", num_negatives, 1)
     scale = common.inverse(temperature, context)
+    _check_ids(ids, context)
     batch, length, _ = context.shape
     if mask is None:
         lengths = torch.full((batch,), length, device=context.device)
@@ -86,9 +91,12 @@ def wav2vec2_loss(
         frames = (~mask).byte().argsort(dim=1, stable=True)[:, :length]
         frames = torch.where(torch.arange(length, device=mask.device) < lengths[:, None], frames, frames[:, :1])
         context, targets = gather_tokens(context, frames), gather_tokens(targets, frames)
+        none = (lengths == 0)[:, None, None]  # what stands in for the frames of such an utterance may be anything
+        context, targets = context.masked_fill(none, 0.0), targets.masked_fill(none, 0.0)
+        ids = ids if ids is None else ids.take_along_dim(frames.view(*frames.shape, *[1] * (ids.ndim - 2)), 1)
 
     counts = distractor_counts(lengths, length, num_negatives, generator=generator, seed=seed)
-    key = _row_keys(targets.detach())
+    key = _row_keys(targets.detach() + 0.0 if ids is None else ids.reshape(*ids.shape[:2], -1))  # -0 is 0
     counts.masked_fill_(key[:, :, None] == key[:, None, :], 0.0)
     some = counts.any(2)
     counts.masked_fill_(~some[:, :, None], 1.0)  # a log-sum-exp of nothing has no gradient
@@ -110,10 +118,22 @@ def wav2vec2_loss(
         return loss, {name: (share * x).sum() for name, x in stats.items()}
 
 
+def _check_ids(ids: Any, context: Tensor) -> None:
+    if ids is None:
+        return
+    check.tensor("ids", ids)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be torch.int64, got {ids.dtype}")
+    if ids.ndim not in (2, 3) or ids.shape[:2] != context.shape[:2]:
+        expected = f"{tuple(context.shape[:2])}, or that with the groups behind it"
+        raise ValueError(f"ids must have shape {expected}, got {tuple(ids.shape)}")
+    check.same_device("ids", ids, "context", context)
+
+
 def _row_keys(x: Tensor) -> Tensor:
     """(B, M) int64 for (B, M, D), the same for equal rows; two others share it with a chance of 2^-64."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = (x + 0.0).contiguous().view(integer).to(torch.int64)  # -0 becomes 0, which it equals
+    bits = x.contiguous().view(integer).to(torch.int64)
     column = torch.arange(1, x.shape[-1] + 1, device=x.device) * -0x61C8864680B583EB
     return _mix(_mix(bits) * (column | 1) + column).sum(-1)
 
@@ -167,10 +187,10 @@ class Wav2Vec2Loss(Loss):
         diversity_weight: of `diversity_loss`.
         penalty_weight: of the penalty, the mean of the squared convolutional features.
 
-    `forward(context, targets, mask=None, probabilities=None, features_penalty=None, *, generator=None, seed=None,
-    return_stats=False)`: `wav2vec2_loss`'s, the mean probabilities (G, V) of the quantizer, and the penalty as a tensor
-    of no dimension. With return_stats the stats also hold what was added, `contrastive`, `diversity` and `penalty`,
-    each detached and before its weight.
+    `forward(context, targets, mask=None, probabilities=None, features_penalty=None, *, ids=None, generator=None,
+    seed=None, return_stats=False)`: `wav2vec2_loss`'s, the mean probabilities (G, V) of the quantizer, and the penalty
+    as a tensor of no dimension. With return_stats the stats also hold what was added, `contrastive`, `diversity` and
+    `penalty`, each detached and before its weight.
 
     Example:
         >>> context, targets = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
@@ -198,11 +218,12 @@ class Wav2Vec2Loss(Loss):
         probabilities: Tensor | None = None,
         features_penalty: Tensor | None = None,
         *,
+        ids: Tensor | None = None,
         generator: torch.Generator | None = None,
         seed: int | Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        call = {**self.options, "temperature": self.temperature, "generator": generator, "seed": seed}
+        call = {**self.options, "temperature": self.temperature, "ids": ids, "generator": generator, "seed": seed}
         found = wav2vec2_loss(context, targets, mask, **call, return_stats=return_stats)
         loss, stats = found if return_stats else (found, {})
         stats["contrastive"] = loss.detach()
@@ -210,8 +231,10 @@ class Wav2Vec2Loss(Loss):
             diversity = diversity_loss(probabilities)
             loss, stats["diversity"] = loss + self.diversity_weight * diversity, diversity.detach()
         if features_penalty is not None:
+            check.tensor("features_penalty", features_penalty)
             check.number("features_penalty", features_penalty, context)
-            loss, stats["penalty"] = loss + self.penalty_weight * features_penalty, features_penalty.detach()
+            penalty = features_penalty.reshape(())
+            loss, stats["penalty"] = loss + self.penalty_weight * penalty, penalty.detach()
         return (loss, stats) if return_stats else loss
 
     def extra_repr(self) -> str:

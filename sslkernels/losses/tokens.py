@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels import _checks as check
@@ -70,7 +69,7 @@ def masked_lm_loss(
 
     Raises:
         ValueError, TypeError: an argument of another rank, shape, dtype or device; an empty batch; an option out of
-            range; a label outside of [0, V) on the CPU (compiled or on another device its row is NaN).
+            range; a label outside of [0, V) on the CPU (compiled: RuntimeError; on another device its row is NaN).
 
     Example:
         >>> hidden, embedding = torch.randn(2, 10, 16, requires_grad=True), torch.randn(100, 16)
@@ -136,7 +135,8 @@ def causal_lm_loss(
     _check_options(reduction, label_smoothing, z_loss)
     if labels.shape[-1] < 2:
         raise ValueError(f"hidden must have at least two positions (..., L, D), got shape {tuple(hidden.shape)}")
-    following = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    last = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    following = torch.cat([labels[..., 1:], last], dim=-1)
     return linear_cross_entropy(
         hidden,
         weight,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslkernels.losses import CPCLoss
 from sslkernels.methods._method import Method
@@ -20,7 +20,7 @@ class CPC(Method):
 
     j runs over all frames of the batch, or with `negatives="sequence"` over those of the same waveform. Scores are
     plain products, without norm or temperature. An encoder whose norm looks at the whole waveform (`norm="group"`)
-    would tell of the frames that follow: take "layer" or "none". Features are the mean over time of c.
+    would tell of the frames that follow, and is refused: take "layer" or "none". Features are the mean over time of c.
 
     `metrics["top1"]`: how often the frame is ahead of all others, the mean over the steps.
 
@@ -34,6 +34,11 @@ class CPC(Method):
 
     def __init__(self, backbone: SpeechGRU, *, steps: int = 12, negatives: str = "batch") -> None:
         super().__init__()
+        if any(isinstance(part, nn.GroupNorm) for part in backbone.encoder.modules()):
+            raise ValueError(
+                'backbone.encoder must have norm="layer" or "none", got "group": a norm over time tells of the frames '
+                "that follow"
+            )
         self.backbone = backbone
         self.criterion = CPCLoss(backbone.dim, backbone.encoder.dim, steps, negatives=negatives)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from sslkernels.ops import nearest
 from sslkernels.speech import mfcc
 
 IGNORE = -100
+MFCC_STRIDE = 160  # samples
 
 
 class HuBERT(MaskedSpeech):
@@ -30,9 +32,10 @@ class HuBERT(MaskedSpeech):
 
     `labels` are the ids that k-means gives to frames of the waveform: of its MFCCs in the first training
     (`ClusterLabels.fit(waveforms, num_classes)`), of what a block of the trained network says in the second
-    (`method.cluster(waveforms, num_classes, depth=6)`, for a new method). Any other callable does: waveforms to ids
-    (B, T'), one every `label_stride` samples. A frame takes the label that begins where it begins; frames after the
-    last label are not asked. The gradient that reaches the convolutions is multiplied by `feature_grad_mult`.
+    (`method.cluster(waveforms, num_classes, depth=6)`, for a new method). Any other callable does: waveforms to ids (B,
+    T'), one every `label_stride` samples, by default the callable's `stride`, or 160. A frame takes the label that
+    begins where it begins; frames after the last label are not asked. The gradient that reaches the convolutions is
+    multiplied by `feature_grad_mult`.
 
     Features are the mean over time of the last block, normalized.
 
@@ -52,7 +55,7 @@ class HuBERT(MaskedSpeech):
         labels: Callable[[Tensor], Tensor],
         num_classes: int,
         *,
-        label_stride: int = 160,
+        label_stride: int | None = None,
         dim: int = 256,
         temperature: float = 0.1,
         mask_ratio: float = 0.8,
@@ -63,7 +66,10 @@ class HuBERT(MaskedSpeech):
     ) -> None:
         super().__init__(backbone, mask_ratio=mask_ratio, mask_length=mask_length, feature_grad_mult=feature_grad_mult)
         check.integer("num_classes", num_classes, 2)
+        label_stride = getattr(labels, "stride", MFCC_STRIDE) if label_stride is None else label_stride
         check.integer("label_stride", label_stride, 1)
+        check.positive("temperature", temperature)
+        check.in_range("penalty_weight", penalty_weight, 0.0, math.inf)
         self.labels, self.label_stride = labels, label_stride
         self.pred_nomask_weight, self.penalty_weight = pred_nomask_weight, penalty_weight
         self.temperature = temperature
@@ -103,15 +109,15 @@ class HuBERT(MaskedSpeech):
         return (named == labels[asked]).float().mean()
 
     def cluster(self, waveforms: Tensor, num_classes: int, *, depth: int, seed: int = 0) -> ClusterLabels:
-        """Labels for a second training: clusters of what leaves block `depth` of a copy of this network.
-
-        The new method's `label_stride` is then this encoder's `stride`.
-        """
-        return ClusterLabels.fit(waveforms, num_classes, features=_Block(self.backbone, depth), seed=seed)
+        """Labels for a second training: clusters of what leaves block `depth` of a copy of this network."""
+        features, stride = _Block(self.backbone, depth), self.backbone.encoder.stride
+        return ClusterLabels.fit(waveforms, num_classes, features=features, stride=stride, seed=seed)
 
 
 class ClusterLabels(nn.Module):
     """Waveforms (B, 1, samples) -> ids (B, T') of the centroids (C, D) that are nearest to their features (B, T', D).
+
+    `stride` is the distance of two of them, in samples.
 
     Example:
         >>> labels = ClusterLabels.fit(torch.randn(2, 1, 16_000), 8)
@@ -121,20 +127,26 @@ class ClusterLabels(nn.Module):
 
     centroids: Tensor
 
-    def __init__(self, features: Callable[[Tensor], Tensor], centroids: Tensor) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], centroids: Tensor, stride: int = MFCC_STRIDE) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.stride = features, stride
         self.register_buffer("centroids", centroids)
 
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, waveforms: Tensor, num_classes: int, *, features: Callable[[Tensor], Tensor] | None = None, seed: int = 0
+        cls,
+        waveforms: Tensor,
+        num_classes: int,
+        *,
+        features: Callable[[Tensor], Tensor] | None = None,
+        stride: int = MFCC_STRIDE,
+        seed: int = 0,
     ) -> ClusterLabels:
         """K-means over all frames of the waveforms; `features` are HuBERT's MFCCs if not given."""
         features = features or frames_of_mfcc
         rows = torch.cat([features(part).flatten(0, 1) for part in waveforms.split(64)])
-        return cls(features, kmeans(rows, num_classes, seed=seed).centroids)
+        return cls(features, kmeans(rows, num_classes, seed=seed).centroids, stride)
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor) -> Tensor:

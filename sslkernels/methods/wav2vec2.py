@@ -21,8 +21,8 @@ class Wav2Vec2(MaskedSpeech):
                + diversity_weight * (1 - perplexity of the mean code probabilities / G V)
                + penalty_weight * mean(encoder(waveforms)^2)
 
-    The distractors are other masked frames of the same waveform. The gradient that reaches the convolutions is
-    multiplied by `feature_grad_mult`. `after_step` cools the quantizer: its temperature is
+    The distractors are other masked frames of the same waveform, but those of the same codes. The gradient that reaches
+    the convolutions is multiplied by `feature_grad_mult`. `after_step` cools the quantizer: its temperature is
     max(quantizer_temp[0] * quantizer_temp[2]^updates, quantizer_temp[1]). Features are the mean over time of the last
     block, normalized.
 
@@ -69,6 +69,7 @@ class Wav2Vec2(MaskedSpeech):
             heard.mask,
             codes.probabilities,
             heard.penalty,
+            ids=codes.ids,
             generator=generator,
             return_stats=True,
         )

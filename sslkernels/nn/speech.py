@@ -151,7 +151,7 @@ class SpeechGRU(nn.Module):
     """Waveforms (B, 1, samples) -> features (B, dim), the mean over time of what a GRU makes of the frames so far.
 
     Example:
-        >>> SpeechGRU(ConvFeatureEncoder(CPC_LAYERS), dim=256)(torch.randn(2, 1, 16_000)).shape
+        >>> SpeechGRU(ConvFeatureEncoder(CPC_LAYERS, norm="layer"), dim=256)(torch.randn(2, 1, 16_000)).shape
         torch.Size([2, 256])
     """
 

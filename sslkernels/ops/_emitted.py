@@ -24,14 +24,14 @@ def _reference(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> lis
 
 def _scale_narrow(grad: Tensor, emitted: Tensor, x: Tensor) -> Tensor:
     # grad with one dimension makes the arithmetic float32; a number without dimensions would be rounded to 16 bits
-    return torch.mul(emitted, grad.reshape(1), out=torch.empty_like(x))
+    return torch.mul(emitted, grad.reshape(1), out=torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 # upstream scalar times what the forward emitted, in the dtype of the inputs
 scale_emitted = define(
     "emitted_gradients(Tensor grad, Tensor[] emitted, Tensor[] inputs) -> Tensor[]",
     reference=_reference,
-    fake=lambda grad, emitted, inputs: [torch.empty_like(x) for x in inputs],
+    fake=lambda grad, emitted, inputs: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs],
     everywhere=True,
 )
 once_differentiable(scale_emitted)

@@ -48,7 +48,8 @@ def linear_cross_entropy(
         input: hidden rows, (..., D). What `input.reshape(-1, D)` cannot view is copied.
         linear_weight: (V, D), of any strides: a tied embedding, the transpose of a (D, V) head.
         target: (...) int64, in [0, V) or `ignore_index`.
-        linear_bias: (V,). -inf leaves a class out, as the padding of a vocabulary.
+        linear_bias: (V,). -inf leaves a class out, as the padding of a vocabulary; not with label_smoothing, which
+            asks for every class.
         reduction: "mean" (NaN, with gradients of zero, if every target is ignored, as torch), "sum", or "none":
             (...), 0 where the target is ignored. Its backward computes the logits again.
         ignore_index: any integer, also a class.

@@ -69,9 +69,15 @@ def centre(x: Tensor) -> Tensor:
     if not x.numel():
         return x.new_zeros(x.shape[1])
     sample = x[:: (len(x) + SAMPLE - 1) // SAMPLE]
-    middle = sample.nanmedian(dim=0).values.nan_to_num(0.0, 0.0, 0.0)
-    near, far = (t.square().sum(1).nanmedian() for t in (sample - middle, sample))
+    middle = _median(sample).nan_to_num(0.0, 0.0, 0.0)
+    near, far = (_median(t.square().sum(1)) for t in (sample - middle, sample))
     return torch.where(4 * near <= far, middle, torch.zeros_like(middle))
+
+
+def _median(x: Tensor) -> Tensor:
+    """Along the first axis, of what is not NaN: the lower one. `nanmedian` has no deterministic form on CUDA."""
+    last = (~x.isnan()).sum(0, keepdim=True) - 1
+    return x.sort(dim=0).values.gather(0, last.clamp(min=0) // 2)[0]
 
 
 def _finite(x: Tensor) -> tuple[Tensor, Tensor]:

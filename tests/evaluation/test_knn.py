@@ -130,6 +130,13 @@ def test_shards_merge_to_the_whole(sizes, k, seed):
     assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
 
 
+def test_votes_of_merged_neighbors_know_classes_of_other_shards():
+    shards = [KNNClassifier(1).fit(torch.eye(4)[i : i + 1], torch.tensor([i])) for i in range(4)]
+    merged = merge_neighbors([shard.neighbors(torch.eye(4)) for shard in shards], 1)
+    ((k, votes),) = shards[0].votes(*merged)
+    assert k == 1 and votes.argmax(1).tolist() == [0, 1, 2, 3]
+
+
 def test_ties_go_to_the_smaller_class():
     knn = KNNClassifier((2, 4)).fit(torch.ones(4, 3), torch.tensor([3, 1, 3, 1]))
     assert knn.predict(torch.ones(1, 3)).tolist() == [1]

@@ -136,6 +136,7 @@ def test_selects_the_best_head_and_the_slowest_among_equals():
     shares = probe.accuracies(*held).tolist()
     assert probe.select(*held).best == shares.index(max(shares)) != 0
     assert probe.accuracy(*test) == probe.accuracies(*test)[probe.best]
+    assert (probe(test[0]).argmax(1) == test[1]).double().mean() == probe.accuracy(*test)
     assert shares[0] < max(shares) - 0.1  # the slowest has not arrived
     tied = trained_probe(learning_rates=(0.1, 0.05))
     one = held[0][:1], tied.select(*held) and held[1][:1]

@@ -68,6 +68,17 @@ class TestWav2Vec2:
         found = formula.errors(self.loss, lambda **x: self.rows(**x).mean(), self.x)
         formula.assert_close(found, formula.bound(torch.float64, 20))
 
+    @pytest.mark.parametrize("groups", [(), (2,)])
+    def test_ids_tell_what_rounding_hides(self, groups: tuple[int, ...]) -> None:
+        """Rows of one code that differ in their last bits: without ids they are distractors, whose cosine is 1."""
+        codes = torch.randint(3, (B, T))
+        self.x["targets"] = randn(3, D)[codes]
+        exact = self.loss(**self.x)
+        self.x["targets"] = self.x["targets"] * (1 + 1e-12 * randn(B, T, D))
+        ids = codes.view(B, T, *[1] * len(groups)).expand(B, T, *groups)
+        torch.testing.assert_close(self.loss(**self.x, ids=ids), exact)
+        assert self.loss(**self.x) > exact + 0.1
+
     def test_where_all_targets_are_equal_nothing_is_left_to_learn(self) -> None:
         self.x["targets"] = randn(D).expand(B, T, D)
         x = formula.leaves(self.x)
@@ -109,6 +120,15 @@ class TestWav2Vec2:
         loss = self.loss(**x)
         assert torch.equal(loss, expected)
         assert all((g[~self.mask] == 0).all() and g.isfinite().all() for g in torch.autograd.grad(loss, [*x.values()]))
+
+    def test_an_utterance_without_a_masked_frame_is_not_read(self) -> None:
+        self.mask[1] = False
+        expected = self.loss(**self.x)
+        self.x["context"][1], self.x["targets"][1] = torch.nan, torch.nan
+        x = formula.leaves(self.x)
+        loss = self.loss(**x)
+        assert torch.equal(loss, expected)
+        assert all((g[1] == 0).all() and g.isfinite().all() for g in torch.autograd.grad(loss, [*x.values()]))
 
     def test_nan_in_a_masked_frame_is_nan(self) -> None:
         b, t = self.mask.nonzero()[0].tolist()
@@ -189,6 +209,10 @@ class TestWav2Vec2:
             self.loss(context, targets, mask=self.mask[:, 1:])
         with pytest.raises(TypeError, match=r"mask must be torch\.bool, got torch\.uint8"):
             self.loss(context, targets, mask=self.mask.byte())
+        with pytest.raises(TypeError, match=r"ids must be torch\.int64, got torch\.bool"):
+            self.loss(context, targets, ids=self.mask)
+        with pytest.raises(ValueError, match=r"ids must have shape \(3, 19\), or that with .*, got \(3, 18\)"):
+            self.loss(context, targets, ids=self.mask[:, 1:].long())
         with pytest.raises(ValueError, match="num_negatives must be at least 1, got 0"):
             self.loss(context, targets, num_negatives=0)
         with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
@@ -216,6 +240,13 @@ class TestWav2Vec2Loss:
             torch.testing.assert_close(mine, theirs)
         assert set(stats) == {"top1", "positive", "hardest_negative", "contrastive", "diversity", "penalty"}
         torch.testing.assert_close(stats["contrastive"], summed / size)
+
+    def test_the_penalty_is_a_tensor_of_one_element(self) -> None:
+        context, targets = randn(B, T, D), randn(B, T, D)
+        loss = losses.Wav2Vec2Loss()(context, targets, features_penalty=torch.ones(1), seed=1)
+        assert loss.shape == ()
+        with pytest.raises(TypeError, match=r"features_penalty must be a torch\.Tensor, got float"):
+            losses.Wav2Vec2Loss()(context, targets, features_penalty=1.0)
 
     def test_terms_that_are_not_given_are_not_added(self) -> None:
         context, targets = randn(B, T, D), randn(B, T, D)

@@ -227,6 +227,19 @@ class TestHuBERT:
         assert self.loss(**self.x, mask=none).isnan()
         assert self.loss(**self.x, mask=none, reduction="sum") == 0
 
+    @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 0.5), (0.7, 0.7)], ids=str)
+    def test_where_nothing_counts_gradients_are_zero(self, weights: tuple[float, float]) -> None:
+        self.labels.fill_(IGNORE)
+        x = formula.leaves(self.x)
+        loss = self.loss(**x, pred_masked_weight=weights[0], pred_nomask_weight=weights[1])
+        assert loss.isnan()
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, list(x.values())))
+
+    def test_frames_that_are_all_masked_at_weight_zero_ask_nothing(self) -> None:
+        options = {"mask": None, "pred_masked_weight": 0.0, "pred_nomask_weight": 1.0}
+        assert self.loss(**self.x, **options).isnan()
+        assert self.loss(**self.x, **options, reduction="sum") == 0
+
     def test_float32_is_within_twice_eager(self) -> None:
         """At temperature 0.01 the logits reach 100."""
         x = {name: t.float() for name, t in self.x.items()}
@@ -287,6 +300,16 @@ def test_bad_input_of_language_models(loss: Callable[..., Tensor]) -> None:
         loss(**x, labels=y, z_loss=-1.0)
     with pytest.raises(ValueError, match="labels must be on the device of hidden"):
         loss(**x, labels=y.to("meta"))
+
+
+@pytest.mark.parametrize("ignored", [2**63 - 1, -(2**63), 2**53 + 1])
+def test_any_64_bit_label_may_be_ignored(ignored: int) -> None:
+    hidden, weight, tokens = randn(B, L, D), randn(V, D), torch.randint(V, (B, L))
+    asked = losses.causal_lm_loss(hidden, weight, tokens.index_fill(1, torch.tensor([3]), IGNORE))
+    again = losses.causal_lm_loss(
+        hidden, weight, tokens.index_fill(1, torch.tensor([3]), ignored), ignore_index=ignored
+    )
+    assert torch.equal(asked, again)
 
 
 def test_a_sequence_of_one_token_has_nothing_to_predict() -> None:

@@ -45,8 +45,13 @@ def test_loss_is_the_papers(windows, negatives):
 
 
 def test_defaults_are_the_papers():
-    method = CPC(SpeechGRU(ConvFeatureEncoder([(6, 20, 10)])))
+    method = CPC(SpeechGRU(ConvFeatureEncoder([(6, 20, 10)], norm="none")))
     assert method.backbone.dim == 256 and method.criterion.predictors.shape == (12, 6, 256)
+
+
+def test_a_norm_over_time_is_refused():
+    with pytest.raises(ValueError, match='must have norm="layer" or "none", got "group"'):
+        CPC(SpeechGRU(ConvFeatureEncoder([(6, 20, 10)])))
 
 
 def test_every_weight_learns_and_features_are_contexts(windows):

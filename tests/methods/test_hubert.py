@@ -126,18 +126,17 @@ def test_frames_take_the_label_that_begins_with_them(windows):
 
 def test_second_training_names_clusters_of_a_block(windows, labels):
     method = HuBERT(backbone(), labels, CLASSES, dim=10)
-    stride = method.backbone.encoder.stride
     units = method.cluster(windows, 5, depth=1)
     features = method.backbone.forward_features(windows, depth=1).detach()
     assert torch.equal(units(windows), torch.cdist(features.double(), units.centroids.double()).argmin(dim=2))
-    second = HuBERT(backbone(), units, 5, dim=10, label_stride=stride)
+    second = HuBERT(backbone(), units, 5, dim=10)
     assert torch.equal(second.targets(windows, 49), units(windows))
     before = units(windows)
     torch.nn.init.zeros_(method.backbone.project.weight)  # the first network goes on, its labels do not
     assert torch.equal(units(windows), before)
     second(windows)[0].backward()
     assert all(p.grad is None for p in units.parameters()) and not any(p.requires_grad for p in units.parameters())
-    restored = HuBERT(backbone(), method.cluster(windows, 5, depth=1), 5, dim=10, label_stride=stride)
+    restored = HuBERT(backbone(), method.cluster(windows, 5, depth=1), 5, dim=10)
     restored.load_state_dict(second.state_dict())
     assert torch.equal(restored.targets(windows, 49), before)
 
@@ -170,6 +169,8 @@ def test_trains_on_real_speech(trained):
         ({"mask_length": 0}, "mask_length"),
         ({"feature_grad_mult": 1.5}, "feature_grad_mult"),
         ({"label_stride": 0}, "label_stride"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"penalty_weight": -1.0}, "penalty_weight"),
     ],
 )
 def test_refuses(labels, options, message):

@@ -160,6 +160,15 @@ def test_strides(layout: str, metric: str, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_feature_in_any_stride(metric: str) -> None:
+    """A single column may have any stride and still lie as BLAS wants it."""
+    wide = torch.randn(50, 6)
+    for column in (wide[:1].T, wide[:, ::2][:, :1], wide[:, 3:4]):
+        for x, y in zip(ops.nearest(column, metric=metric), ops.nearest(column.contiguous(), metric=metric)):
+            assert torch.equal(x, y)
+
+
 def test_one_row_for_all_queries() -> None:
     queries, keys = torch.randn(1, 5).expand(40, 5), torch.randn(9, 5)
     assert ops.nearest(queries, keys)[1].unique().numel() == 1

@@ -223,6 +223,21 @@ def test_one_graph_with_its_backward(backend: str, reduction: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_of_a_transposed_layer_in_one_graph(backend: str) -> None:
+    """The layer is a (D, V) head's transpose, the rows are columns of memory; the loss is scaled before backward."""
+    torch._dynamo.reset()
+    case = random_case(9, 4, 21)
+    x, head = case.input.T.contiguous().requires_grad_(), case.weight.detach().T.contiguous().requires_grad_()
+
+    def scaled(x: Tensor, head: Tensor) -> Tensor:
+        return 3 * ops.linear_cross_entropy(x.T, head.T, case.target)
+
+    compiled = torch.compile(scaled, fullgraph=True, backend=backend)
+    got, want = (torch.autograd.grad(f(x, head), (x, head)) for f in (compiled, scaled))
+    torch.testing.assert_close(got, want)
+
+
 def test_exported() -> None:
     case = random_case(9, 4, 21)
 

@@ -324,6 +324,8 @@ def test_compiled_text_is_checked_by_the_kernel() -> None:
         (torch.tensor([0, -1]).int(), text.offsets, text.table.alias),
         (text.tokens, torch.tensor([0, 3]), text.table.alias),
         (text.tokens, torch.tensor([2, 0]), text.table.alias),
+        (text.tokens, torch.tensor([1, 2]), text.table.alias),
+        (text.tokens, torch.tensor([0, 1]), text.table.alias),
         (text.tokens, text.offsets, text.table.alias + 13),
     ):
         with pytest.raises(RuntimeError, match="skipgram_update_: "):
