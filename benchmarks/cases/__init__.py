@@ -42,9 +42,13 @@ README = (
     "masked_regression",
     "linear_cross_entropy-masked",
     "linear_cross_entropy-causal",
+    "hubert",
+    "wav2vec2",
+    "skipgram_update",
     "topk_similarity-dot",
     "nearest",
     "koleo-4096-1024",
+    "uniformity",
     "ema_update-float32",
     "ema_update-bfloat16",
 )
