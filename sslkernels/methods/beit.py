@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkernels.losses._common import IGNORE
 from sslkernels.methods._method import Method
 from sslkernels.nn import VisionTransformer
 from sslkernels.nn.transformer import init_linear
 from sslkernels.ops import block_mask, linear_cross_entropy
-
-IGNORE = -100
 
 
 class BEiT(Method):

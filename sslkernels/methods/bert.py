@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels.losses import masked_lm_loss, next_sentence_loss
+from sslkernels.losses._common import IGNORE
 from sslkernels.methods._method import Method
 from sslkernels.nn import TextTransformer
 from sslkernels.nn.transformer import init_linear
 from sslkernels.ops import gather_tokens, nearest, token_mask
-
-IGNORE = -100
 
 
 class BERT(Method):

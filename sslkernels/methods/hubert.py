@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels.clustering import kmeans
 from sslkernels.losses import hubert_loss
+from sslkernels.losses._common import IGNORE
 from sslkernels.methods._speech import MaskedSpeech
 from sslkernels.nn import SpeechTransformer
 from sslkernels.ops import nearest
 from sslkernels.speech import mfcc
 
-IGNORE = -100
 MFCC_STRIDE = 160  # samples
 
 

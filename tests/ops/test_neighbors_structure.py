@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 from sslkernels import _library, ops, reference
 
 NAMES = ("nearest", "topk_similarity")
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
 
@@ -131,17 +129,6 @@ def test_one_thread_finds_what_two_find() -> None:
         found[-1] += ops.topk_similarity(queries[:2], keys, 30)
     torch.set_num_threads(before)
     torch.testing.assert_close(*found)
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from sslkernels.reference import tokens as reference
 OP = torch.ops.sslkernels.linear_cross_entropy.default
 ROWS = torch.ops.sslkernels.linear_cross_entropy_rows.default
 ROWS_BACKWARD = torch.ops.sslkernels.linear_cross_entropy_rows_backward.default
-LEVELS = {0: "baseline", 1: "v3", 2: "v4"}
 FORMS = {"whole": 8 << 20, "cut": 0}
 built = pytest.mark.skipif("cpu" in _library.PROBLEMS, reason="the CPU library is not built")
 
@@ -263,17 +261,6 @@ def test_threads(rows: int, reduction: str, threads: int, panels: None) -> None:
     cotangent = torch.rand(rows) if reduction == "none" else None
     for x, y in zip(*(evaluate(ours, case, cotangent, reduction=reduction, label_smoothing=0.1) for _ in range(2))):
         assert torch.equal(x, y)
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.ops.sslkernels.cpu_level()
-    torch.ops.sslkernels.set_cpu_level(request.param)
-    if torch.ops.sslkernels.cpu_level() == request.param:
-        yield request.param
-    torch.ops.sslkernels.set_cpu_level(before)
-    if before < request.param:
-        pytest.skip(f"this processor does not run {LEVELS[request.param]}")
 
 
 @built
