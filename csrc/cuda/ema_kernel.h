@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of ema_update_: no word of torch, and no word between threads, so that tests/build/test_ema_kernel.py runs
-// it thread by thread on the CPU.
+// The kernel of ema_update_.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -12,6 +8,7 @@
 #include "common/chunks.h"
 #include "common/philox.h"
 #include "common/rounding.h"
+#include "cuda/scalars.h"
 
 namespace sslkernels {
 
@@ -55,31 +52,6 @@ static_assert(sizeof(Table<kSmall>) + sizeof(Momentum) + sizeof(Random) <= 4096,
 static_assert(sizeof(Table<kLarge>) + sizeof(Momentum) + sizeof(Random) <= 32764, "the limit of CUDA 12.1 and later");
 
 template <typename T>
-struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Vector {
-  T values[kWidth];
-};
-
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-
-// By way of float32, as torch converts float64 to 16 bits.
-template <typename T, typename Real>
-__device__ inline T narrow(Real x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(static_cast<float>(x));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(static_cast<float>(x));
-  } else {
-    return static_cast<T>(x);
-  }
-}
-
-template <typename T>
-constexpr bool kRounded = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>;
-
-template <typename T>
 __device__ inline T narrow(float x, uint32_t word) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     return __ushort_as_bfloat16(round_bfloat16(x, word));
@@ -114,13 +86,13 @@ __device__ void update(T* target, const S* __restrict__ source, int64_t begin, i
   static_assert(kWidth == 4, "a vector takes the four words of one Philox block");
   target += begin;
   source += begin;
-  const bool aligned = reinterpret_cast<uintptr_t>(target) % alignof(Vector<T>) == 0 &&
-                       reinterpret_cast<uintptr_t>(source) % alignof(Vector<S>) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(target) % alignof(Vector<T, kWidth>) == 0 &&
+                       reinterpret_cast<uintptr_t>(source) % alignof(Vector<S, kWidth>) == 0;
   if (aligned && count == kChunk) {
-    auto* targets = reinterpret_cast<Vector<T>*>(target);
-    const auto* sources = reinterpret_cast<const Vector<S>*>(source);
-    Vector<T> a[kUnroll];
-    Vector<S> b[kUnroll];
+    auto* targets = reinterpret_cast<Vector<T, kWidth>*>(target);
+    const auto* sources = reinterpret_cast<const Vector<S, kWidth>*>(source);
+    Vector<T, kWidth> a[kUnroll];
+    Vector<S, kWidth> b[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       a[u] = targets[u * kThreads + threadIdx.x];
@@ -129,7 +101,7 @@ __device__ void update(T* target, const S* __restrict__ source, int64_t begin, i
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int vector = u * kThreads + threadIdx.x;
-      if constexpr (kRounded<T>) {
+      if constexpr (kNarrow<T>) {
         if (random.seed) {
           const Philox drawn = words(begin + vector * kWidth);
 #pragma unroll
@@ -148,7 +120,7 @@ __device__ void update(T* target, const S* __restrict__ source, int64_t begin, i
     }
   } else {
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      if constexpr (kRounded<T>) {
+      if constexpr (kNarrow<T>) {
         if (random.seed) {
           const Philox drawn = words(begin + i);
           target[i] = narrow<T>(static_cast<float>(lerp(target[i], source[i])), drawn.words[(begin + i) % 4]);

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// How an op reaches the GPU: the device and stream of its tensors, and one way to launch a kernel. Without nvcc
+// tests/cuda/emulator takes the place of CUDA, and the same sources run on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cuda/driver.h"
+
+namespace sslkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kMaxGrid = (1LL << 31) - 1;  // CUDA's limit on gridDim.x
+
+// Makes the device of a tensor current while it lives, and launches on the stream that torch uses there.
+class Device {
+ public:
+#ifdef SSLKERNELS_EMULATED
+  explicit Device(const Tensor&) {}
+  int multiprocessors() const { return 2; }
+#else
+  explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
+    index_ = x.get_device_index();
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    return count;
+  }
+#endif
+
+  // kernel(arguments...) on `blocks` x `threads`, with `shared` bytes of dynamic shared memory. No block: no launch.
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, Arguments&&... arguments) const {
+    if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) {
+      return;
+    }
+#ifdef SSLKERNELS_EMULATED
+    emulator::run(blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+#else
+    constexpr size_t kWithoutAsking = 48 << 10;
+    if (shared > kWithoutAsking) {
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
+    kernel<<<blocks, threads, shared, stream_> > >(static_cast<Parameters>(arguments)...);
+    STD_CUDA_CHECK(cudaGetLastError());
+#endif
+  }
+
+ private:
+#ifndef SSLKERNELS_EMULATED
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int32_t index_ = 0;
+#endif
+};
+
+// A kernel given a pointer into another device's memory would fault: the one check of `name` that C++ repeats.
+inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+                  " must be on the device of the other tensors");
+}
+
+// Blocks of `threads` for `count` elements of work, in a grid that one launch can hold; a kernel strides over the rest.
+inline unsigned blocks_of(int64_t count, int threads, int64_t most = kMaxGrid) {
+  return static_cast<unsigned>(std::min((count + threads - 1) / threads, most));
+}
+
+// A fresh contiguous tensor on the device of `like`.
+inline Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+}
+
+}  // namespace sslkernels
+
+// SSLKERNELS_CUDA_OPS(library) { library.impl("op", TORCH_BOX(&function)); }, once a source file: nothing is registered
+// where the driver is too old for the kernels.
+#ifdef SSLKERNELS_EMULATED
+#define SSLKERNELS_CUDA_KEY PrivateUse1
+#else
+#define SSLKERNELS_CUDA_KEY CUDA
+#endif
+#define SSLKERNELS_CUDA_OPS(library)                                     \
+  static void register_ops(torch::stable::detail::StableLibrary&);       \
+  SSLKERNELS_CUDA_OPS_UNDER(sslkernels, SSLKERNELS_CUDA_KEY, registry) { \
+    if (sslkernels::driver_serves()) {                                   \
+      register_ops(registry);                                            \
+    }                                                                    \
+  }                                                                      \
+  static void register_ops(torch::stable::detail::StableLibrary& library)
+#define SSLKERNELS_CUDA_OPS_UNDER(space, key, library) STABLE_TORCH_LIBRARY_IMPL(space, key, library)

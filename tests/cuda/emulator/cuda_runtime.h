@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA as the kernels of csrc/cuda use it, on the CPU: blocks one after another, the threads of a block as fibers that
+// change hands at barriers and shuffles. Slow and exact: what it computes, a GPU computes, races between blocks aside.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define STD_CUDA_CHECK(call) ((void)(call))
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace emulator {
+
+constexpr size_t kStack = 128 << 10;
+
+struct Fiber {
+  ucontext_t context;
+  char* stack = nullptr;
+  bool alive = false;
+};
+
+// Who waits at a barrier, and how often it has opened.
+struct Barrier {
+  int waiting = 0;
+  unsigned opened = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  std::vector<int> alive;  // threads of each warp that have not returned
+  Barrier all;
+  int running = 0, current = 0;
+  std::vector<uint64_t> exchange;
+  std::vector<char> shared;
+  ucontext_t scheduler;
+  const std::function<void()>* body = nullptr;
+};
+
+inline Block block;
+
+inline void yield() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
+
+// A returned thread no longer counts, as in hardware.
+inline void open_if_full(Barrier& barrier, int expected) {
+  if (barrier.waiting > 0 && barrier.waiting >= expected) {
+    barrier.waiting = 0;
+    ++barrier.opened;
+  }
+}
+
+inline void wait(Barrier& barrier, const int& expected) {
+  const unsigned before = barrier.opened;
+  ++barrier.waiting;
+  open_if_full(barrier, expected);
+  while (barrier.opened == before) yield();
+}
+
+inline void enter() {
+  (*block.body)();
+  const int warp = block.current / warpSize;
+  block.fibers[block.current].alive = false;
+  open_if_full(block.all, --block.running);
+  open_if_full(block.warps[warp], --block.alive[warp]);
+  yield();
+}
+
+inline unsigned progress() {
+  unsigned sum = block.all.opened;
+  for (const Barrier& warp : block.warps) sum += warp.opened;
+  return sum;
+}
+
+inline void run_block(int threads) {
+  block.running = threads;
+  block.all = {};
+  block.warps.assign((threads + warpSize - 1) / warpSize, {});
+  block.alive.assign(block.warps.size(), warpSize);
+  block.alive.back() = threads - (static_cast<int>(block.warps.size()) - 1) * warpSize;
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = block.fibers[t];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    fiber.alive = true;
+  }
+  while (block.running > 0) {
+    const unsigned opened = progress();
+    const int running = block.running;
+    for (int t = 0; t < threads; ++t) {
+      if (!block.fibers[t].alive)
+        continue;
+      block.current = t;
+      threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
+      swapcontext(&block.scheduler, &block.fibers[t].context);
+    }
+    if (block.running > 0 && block.running == running && progress() == opened) {
+      std::fprintf(stderr, "emulator: threads wait at different barriers\n");
+      std::abort();
+    }
+  }
+}
+
+inline void run(dim3 blocks, int threads, size_t shared, const std::function<void()>& body) {
+  while (static_cast<int>(block.fibers.size()) < threads) {
+    void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    block.fibers.emplace_back().stack = static_cast<char*>(stack);
+  }
+  block.exchange.resize(threads);
+  block.body = &body;
+  gridDim = blocks;
+  blockDim = dim3(threads);
+  for (unsigned z = 0; z < blocks.z; ++z)
+    for (unsigned y = 0; y < blocks.y; ++y)
+      for (unsigned x = 0; x < blocks.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        block.shared.assign(shared, static_cast<char>(0x7f));  // what nobody wrote shows
+        run_block(threads);
+      }
+}
+
+// What `lane`(mine) of this warp holds; a lane outside the warp or not running gives one's own value, as CUDA does.
+template <typename T, typename F>
+T shuffle(T value, const F& lane) {
+  static_assert(sizeof(T) <= 8);
+  const int me = block.current, warp = me / warpSize, mine = me % warpSize, other = lane(mine);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  block.exchange[me] = bits;
+  wait(block.warps[warp], block.alive[warp]);
+  const size_t from = static_cast<size_t>(warp) * warpSize + other;
+  const bool there = other >= 0 && other < warpSize && from < block.exchange.size() && block.fibers[from].alive;
+  const uint64_t theirs = there ? block.exchange[from] : bits;
+  wait(block.warps[warp], block.alive[warp]);
+  std::memcpy(&value, &theirs, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::block.all, emulator::block.running); }
+
+inline void __syncwarp(unsigned = 0xffffffffu) {
+  const int warp = emulator::block.current / warpSize;
+  emulator::wait(emulator::block.warps[warp], emulator::block.alive[warp]);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::shuffle(value, [=](int lane) { return lane ^ mask; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  return emulator::shuffle(value, [=](int lane) { return lane + static_cast<int>(delta); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  return emulator::shuffle(value, [=](int lane) { return lane - static_cast<int>(delta); });
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::shuffle(value, [=](int) { return source; });
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    const int there = emulator::shuffle(predicate != 0 ? lane : -1, [=](int) { return lane; });
+    bits |= there == lane ? 1u << lane : 0u;
+  }
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  const T before = *address;
+  *address = value < before ? value : before;
+  return before;
+}
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline double __dsqrt_rn(double a) { return std::sqrt(a); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
