@@ -54,7 +54,7 @@ def library() -> Path:
 
 @pytest.fixture(scope="session")
 def emulated(library: Path) -> Callable[..., Any]:
-    """`emulated(name, *arguments)`: the op's CUDA kernels on tensors of the CPU, which must not be told from a GPU's."""
+    """`emulated(name, *arguments)`: the op's CUDA kernels on tensors of the CPU."""
     torch.ops.load_library(library)
 
     def call(name: str, *arguments: Any) -> Any:
