@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +31,7 @@ def load() -> None:
         problem = _load(device)
         if problem:
             PROBLEMS[device] = problem
+    _load_triton()
 
 
 def path(device: str) -> Path:
@@ -74,6 +79,44 @@ def _load(device: str) -> str:
         if driver and int(driver.split(".")[0]) < int(runtime.split(".")[0]):  # then it has registered nothing
             return f"the NVIDIA driver supports CUDA {driver}, and the kernels were built with CUDA {runtime}"
     return ""
+
+
+def _load_triton() -> None:
+    """Let Triton serve what no CUDA library does; its kernels are imported at their first call."""
+    from sslkernels.ops._registry import LIBRARY
+    from sslkernels.triton import KERNELS
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return
+    if importlib.util.find_spec("triton") is None:
+        PROBLEMS.setdefault("triton", "Triton is not installed")
+        return
+    for name, module in KERNELS.items():
+        if not has_kernel(name, "cuda"):
+            LIBRARY.impl(name, _launcher(name, module), "CUDA")
+
+
+def _launcher(name: str, module: str) -> Callable[..., Any]:
+    reference = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"sslkernels.triton.{module}"), name)
+
+    def run(*arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        tensors += [x for xs in arguments if isinstance(xs, list | tuple) for x in xs if isinstance(x, torch.Tensor)]
+        if not _runs_triton(tensors[0].device) or any(x.dtype == torch.float64 for x in tensors):
+            return getattr(torch.ops.sslkernels, name).default.redispatch(reference, *arguments)
+        with torch.cuda.device_of(tensors[0]):
+            return function()(*arguments)
+
+    return run
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _remedy(device: str) -> str:

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 M_PERTURB = -6  # of mallopt(3)
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run in Python, on CPU tensors
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels, one module a family; a function has the name and the arguments of the op that it serves.
+
+Nothing here is imported before an op's first call on a GPU, so `import sslkernels` needs no Triton.
+"""
+
+# op -> the module that has its launcher
+KERNELS = {
+    "l2_normalize": "contrastive",
+    "l2_normalize_backward": "contrastive",
+}

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: products of tiles, loads at 64-bit offsets, numbers that may live on the device."""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# In the interpreter of Triton 3.6 and 3.9 a product of bfloat16 tiles is garbage.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def precision() -> str:
+    """How float32 operands are multiplied: exactly, or as tf32 where torch.set_float32_matmul_precision allows it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def number(tensor: Tensor | None, value: float) -> tuple[Tensor | None, float]:
+    """A scalar argument of an op as a kernel takes it: a pointer, or None and the number."""
+    return (None if tensor is None else tensor.reshape(1).float()), value
+
+
+@triton.jit
+def scalar(pointer, value):
+    """What `number` packed; the pointer wins."""
+    if pointer is not None:
+        value = tl.load(pointer)
+    return value
+
+
+@triton.jit
+def load_tile(pointer, rows, columns, row_stride, column_stride, row_count, column_count):
+    """A tile (rows, columns) of a strided matrix; zeros outside of it."""
+    offsets = rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
+    return tl.load(pointer + offsets, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b in float32; mixed operands meet in the wider dtype."""
+    if a.dtype != b.dtype:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)

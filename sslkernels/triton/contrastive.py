@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive ops on a GPU; signatures are the schemas'."""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from sslkernels.triton._rows import l2_normalize, l2_normalize_backward
+
+__all__ = ["l2_normalize", "l2_normalize_backward"]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls a Triton launcher on CPU tensors, where its kernels run in Triton's interpreter, beside the reference."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sslkernels.ops  # noqa: F401  defines the ops
+from sslkernels.triton import KERNELS
+
+REFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+# relative to the largest element: a sum of roundings in the dtype that comes out
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted() -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("a GPU is here: tests/gpu runs the kernels on it")
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"sslkernels.triton.{KERNELS[name]}"), name)
+
+
+def doubled(x: Any) -> Any:
+    """Floating tensors as float64, inside lists too."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.double()
+    return [doubled(y) for y in x] if isinstance(x, list) and x and isinstance(x[0], Tensor) else x
+
+
+def tensors(outputs: Any) -> Iterable[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
+@pytest.fixture
+def compare() -> Callable[..., None]:
+    """`compare(name, *arguments, tolerance=None)`: launcher and reference, which computes in float64 and rounds once.
+
+    Shapes and dtypes agree, infinities and NaNs are in the same places, and no element differs by more than the
+    tolerance times the largest.
+    """
+
+    def call(name: str, *arguments: Any, tolerance: float | None = None) -> None:
+        op = getattr(torch.ops.sslkernels, name).default
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the reference, which announces itself
+            found = launcher(name)(*arguments)
+            dtypes = [x.dtype for x in tensors(op.redispatch(REFERENCE, *arguments))]
+            expected = op.redispatch(REFERENCE, *map(doubled, arguments))
+        for i, (a, b, dtype) in enumerate(zip(tensors(found), tensors(expected), dtypes, strict=True)):
+            assert (a.shape, a.dtype) == (b.shape, dtype), (name, i)
+            if not dtype.is_floating_point:
+                assert torch.equal(a, b), (name, i)
+                continue
+            wide, b = a.double(), b.to(dtype).double()
+            same = (wide == b) | (wide.isnan() & b.isnan())
+            assert torch.equal(wide.isfinite() | same, b.isfinite() | same), (name, i)
+            finite = b.isfinite() & wide.isfinite()
+            if finite.any():
+                error = (wide - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1e-30)
+                assert error <= (tolerance or TOLERANCE[dtype]), (name, i, error.item())
+
+    return call
