@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share: products of tiles, loads at 64-bit offsets, numbers that may live on the device."""
+"""What the kernels share: products of tiles, loads at 64-bit offsets, numbers on the device."""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # In the interpreter of Triton 3.6 and 3.9 a product of bfloat16 tiles is garbage.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -20,16 +19,11 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def number(tensor: Tensor | None, value: float) -> tuple[Tensor | None, float]:
-    """A scalar argument of an op as a kernel takes it: a pointer, or None and the number."""
-    return (None if tensor is None else tensor.reshape(1).float()), value
-
-
 @triton.jit
 def scalar(pointer, value):
-    """What `number` packed; the pointer wins."""
+    """A number that came as a tensor of one element, of any floating dtype, or as itself where the pointer is None."""
     if pointer is not None:
-        value = tl.load(pointer)
+        value = tl.load(pointer).to(tl.float32)
     return value
 
 
