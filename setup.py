@@ -3,7 +3,8 @@
 
 Nothing of Python or of one torch release is linked in, so one wheel (py3-none-<platform>) serves them all. Variables:
 SSLKERNELS_CPU=0 and SSLKERNELS_CUDA=0 skip a library, =1 makes what it needs mandatory (unset: built if the tools are
-found); SSLKERNELS_WERROR=1 turns warnings into errors; CXX and CUDA_HOME (or PATH) name the compilers.
+found); SSLKERNELS_WERROR=1 turns warnings into errors; CXX and CUDA_HOME (or PATH) name the compilers;
+SSLKERNELS_CUDA_ARCHITECTURES=90 (or 80,90) compiles for fewer GPUs, in less time.
 """
 
 import importlib.util
@@ -32,7 +33,7 @@ CXX_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 STRICT = os.environ.get("SSLKERNELS_WERROR") == "1"
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", *["-Werror"] * STRICT]
 LINKER = ["--as-needed", "--no-undefined", "--exclude-libs=ALL"]
-CUDA_ARCHITECTURES = (80, 90, 100)
+CUDA_ARCHITECTURES = os.environ.get("SSLKERNELS_CUDA_ARCHITECTURES") or "80,90,100"
 # What csrc/cuda takes from libtorch_cuda.so, which a CPU-only torch lacks: it is linked with a stub of that name.
 CUDA_SHIM = ("aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg")
 NOTES: list[str] = []
@@ -100,7 +101,9 @@ def choose_libraries() -> list[Extension]:
 def cuda_tools(nvcc: str, compiler: list[str]) -> tuple[list[str], list[str], Step]:
     """How to compile and how to link CUDA, and the step that makes the stub of libtorch_cuda.so."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-    chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+    chosen = [arch for arch in re.findall(r"\d+", CUDA_ARCHITECTURES) if f"compute_{arch}" in known]
+    if not chosen:
+        sys.exit(f"sslkernels: {nvcc} knows none of the architectures {CUDA_ARCHITECTURES}; it knows {' '.join(known)}")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     codes.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")  # PTX, for what comes later
     base = [nvcc, "-ccbin", compiler[0]]
