@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo [METHOD=mae] | test | bench | methods | lint | compat | info | clean. Everything runs in .venv, which is made when it is missing.
+# make demo [METHOD=mae] | test | bench | methods | gpu | lint | compat | info | clean. Everything runs in .venv, which is made when it is missing.
 PYTHON ?= python3
 # compat: another Python than the one that builds the wheel, if the machine has one
 COMPAT_PYTHON ?= $(PYTHON)
@@ -10,7 +10,7 @@ COMPAT := build/compat
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test bench methods lint compat info clean
+.PHONY: demo test bench methods gpu lint compat info clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built $(VENV)/.demo
@@ -28,6 +28,10 @@ bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 # every method for a minute on real data; ARGS=--docs puts the table into docs/methods.md
 methods: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+# With $(PYTHON) as it is: its torch must have CUDA, which .venv's has not. Needs nvcc, pytest and hypothesis.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.run $(VENV)/.demo $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff check .

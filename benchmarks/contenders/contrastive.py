@@ -19,19 +19,19 @@ from benchmarks.case import Contender, Inputs
 def lightly_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
     a, b = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
     n = len(a)
-    own = torch.eye(n, dtype=torch.bool)
+    own = torch.eye(n, dtype=torch.bool, device=out0.device)
     aa, ab, ba, bb = (torch.einsum("nc,mc->nm", x, y) / temperature for x, y in ((a, a), (a, b), (b, a), (b, b)))
     aa = aa[~own].view(n, -1)  # (N, N - 1): the self pairs are cut out by a boolean gather
     bb = bb[~own].view(n, -1)
     upper = torch.cat([ab, aa], dim=1)
     lower = torch.cat([ba, bb], dim=1)
     logits = torch.cat([upper, lower], dim=0)  # (2N, 2N - 1)
-    return F.cross_entropy(logits, torch.arange(n).repeat(2))
+    return F.cross_entropy(logits, torch.arange(n, device=logits.device).repeat(2))
 
 
 def solo_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.cat([out0, out1]), dim=-1)
-    index = torch.arange(len(out0)).repeat(2)[None]
+    index = torch.arange(len(out0), device=out0.device).repeat(2)[None]
     weights = torch.exp(torch.einsum("if,jf->ij", z, z) / temperature)
     same = index.t() == index
     same.fill_diagonal_(0)
@@ -46,7 +46,7 @@ def lean_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.cat([out0, out1]), dim=1)
     logits = (z / temperature) @ z.t()
     logits.fill_diagonal_(-torch.inf)
-    return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
+    return F.cross_entropy(logits, torch.arange(2 * n, device=logits.device).roll(n))
 
 
 def ours_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
@@ -60,12 +60,12 @@ def ours_nt_xent(out0: Tensor, out1: Tensor, temperature: float) -> Tensor:
 
 def info_nce_in_batch(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
-    return F.cross_entropy(logits / temperature, torch.arange(len(query)))
+    return F.cross_entropy(logits / temperature, torch.arange(len(query), device=query.device))
 
 
 def lean_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     logits = (F.normalize(query, dim=1) / temperature) @ F.normalize(key, dim=1).t()
-    return F.cross_entropy(logits, torch.arange(len(query)))
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
 
 
 def ours_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
@@ -87,14 +87,14 @@ def moco_builder(query: Tensor, key: Tensor, queue: Tensor, temperature: float) 
     negative = torch.einsum("nc,ck->nk", q, queue.clone().detach())  # the clone lets the queue change before backward
     logits = torch.cat([positive, negative], dim=1)
     logits /= temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def info_nce_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     q, k, negatives = F.normalize(query, dim=-1), F.normalize(key, dim=-1), F.normalize(queue, dim=-1)
     positive = (q * k).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ negatives.transpose(-2, -1)], dim=1)
-    return F.cross_entropy(logits / temperature, torch.zeros(len(logits), dtype=torch.long))
+    return F.cross_entropy(logits / temperature, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def lean_moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -117,7 +117,7 @@ def ours_moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> 
 def open_clip_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     per_image = logit_scale * image @ text.T
     per_text = logit_scale * text @ image.T  # a second GEMM, not the transpose
-    labels = torch.arange(len(image))
+    labels = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
 
 
@@ -135,19 +135,19 @@ def ours_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 def open_clip_siglip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     logits = logit_scale * image @ text.T
     logits += logit_bias
-    sign = -torch.ones(len(image), len(image), dtype=image.dtype)
-    sign = 2 * torch.eye(len(image), dtype=image.dtype) + sign
+    sign = -torch.ones_like(logits)
+    sign = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) + sign
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
 def open_clip_siglip_chunked(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int = 1024
 ) -> Tensor:
-    total = torch.zeros(())
+    total = torch.zeros((), device=image.device)
     for start in range(0, len(image), chunk):
         logits = logit_scale * image[start : start + chunk] @ text.T
         logits += logit_bias
-        rows = torch.arange(len(logits))
+        rows = torch.arange(len(logits), device=logits.device)
         total = total + (F.softplus(logits).sum() - logits[rows, start + rows].sum())
     return total / len(image)
 

@@ -114,7 +114,7 @@ def solo_barlow(z_a: Tensor, z_b: Tensor, lambda_param: float) -> Tensor:
     n, d = z_a.shape
     norm = nn.BatchNorm1d(d, affine=False)
     c = torch.einsum("ni,nj->ij", norm(z_a), norm(z_b)) / n
-    identity = torch.eye(d)
+    identity = torch.eye(d, device=z_a.device)
     squares = (c - identity).pow(2)
     squares[~identity.bool()] *= lambda_param  # a gather and a scatter by boolean mask
     return 1.0 * squares.sum()

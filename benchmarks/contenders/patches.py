@@ -21,7 +21,7 @@ def grid_view(images: Tensor, p: int) -> Tensor:
 def indexed(images: Tensor, ids: Tensor, p: int) -> Tensor:
     """The patches at `ids` and nothing else, out of the view: (B, K, C, p, p)."""
     across = images.shape[-1] // p
-    sample = torch.arange(len(images))[:, None]
+    sample = torch.arange(len(images), device=images.device)[:, None]
     return grid_view(images, p)[sample, ids // across, ids % across]
 
 

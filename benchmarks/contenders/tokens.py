@@ -63,7 +63,7 @@ class LigerChunks(torch.autograd.Function):
         count = (target != IGNORED).sum().item()
         dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
-        losses = torch.zeros(n)
+        losses = torch.zeros(n, device=x.device)
         for start in range(0, n, size):
             rows = x[start : start + size]
             logits = rows @ weight.t()
