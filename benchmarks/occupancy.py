@@ -34,6 +34,7 @@ TYPES = {
 }  # fmt: skip
 MATRIX_UNITS = re.compile(r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma)")
 LAUNCHES = Path(__file__).with_name("launches")
+WHERE_SIZES_ARE_TRIED = "sm_90"  # Triton IR is the same for all
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -68,6 +69,26 @@ def calls(family: str, target: str) -> Iterator[tuple[str, torch.dtype, Any]]:
                 if key not in seen:
                     seen.add(key)
                     yield name, dtype, call
+
+
+def any_size(call: Any, target: str) -> None:
+    """Lower a kernel as if every integer argument were 1, which Triton makes a constant, odd, or beyond 32 bits."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    aimed = GPUTarget(*TARGETS[target])
+    backend = make_backend(aimed)
+    for value in (1, 33, 2**31):
+        sized = [value if type(x) is int else x for x in call.arguments]
+        signature, constants, _, options = specialize(call._replace(arguments=tuple(sized)))
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        parsed = backend.parse_options(options)
+        implementation, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+        ASTSource(call.kernel, signature, constants).make_ir(aimed, parsed, implementation, modules, context)
 
 
 def specialize(call: Any) -> tuple[dict[str, str], dict[str, Any], dict, dict[str, Any]]:
@@ -108,6 +129,8 @@ def compile_family(family: str, target: str) -> list[Compiled]:
         unit = MATRIX_UNITS.search(kernel.asm.get("ptx") or kernel.asm.get("amdgcn"))
         tile = {k: v for k, v in (constants | options).items() if isinstance(v, int | str)}
         name = call.kernel.__name__
+        if target == WHERE_SIZES_ARE_TRIED:
+            any_size(call, target)
         found = registers, spills, kernel.metadata.shared, unit[1] if unit else "", tile
         done.append(Compiled(family, case, str(dtype)[6:], target, name, *found))
     return done
