@@ -91,17 +91,20 @@ def any_size(call: Any, target: str) -> None:
         ASTSource(call.kernel, signature, constants).make_ir(aimed, parsed, implementation, modules, context)
 
 
-def specialize(call: Any) -> tuple[dict[str, str], dict[str, Any], dict, dict[str, Any]]:
+def specialize(call: Any) -> tuple[dict[str, Any], dict[str, Any], dict, dict[str, Any]]:
     """Signature, constants, attributes and options, as Triton derives them from the arguments of a launch."""
     options = {name: call.constants[name] for name in OPTIONS if name in call.constants}
     given = dict(zip(call.kernel.arg_names, call.arguments)) | call.constants
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants, attributes = {}, {}
     for i, parameter in enumerate(call.kernel.params):
         value = given.get(parameter.name, parameter.default)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
+        elif isinstance(value, tuple):
+            signature[parameter.name] = ("fp32",) * len(value)
         elif isinstance(value, bool):
             signature[parameter.name] = "i1"
         elif isinstance(value, int):

@@ -8,4 +8,6 @@ Nothing here is imported before an op's first call on a GPU, so `import sslkerne
 KERNELS = {
     "l2_normalize": "contrastive",
     "l2_normalize_backward": "contrastive",
+    "self_similarity_logsumexp": "contrastive",
+    "similarity_logsumexp": "contrastive",
 }

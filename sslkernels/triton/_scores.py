@@ -9,13 +9,14 @@ excluded pair costs a comparison and a selection: what a rule needs of rows and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton._tiles import dot
+from sslkernels.triton._launch import shape
+from sslkernels.triton._tiles import dot, precision
 
 
 class Pairs(NamedTuple):
@@ -53,6 +54,23 @@ def pairs(diagonal, period, query_groups, key_groups, key_mask, differ, *, n: in
         query_groups = key_groups = None
     vectors = [x if x is None else x.contiguous() for x in (query_groups, key_groups, query_mask, key_mask)]
     return Pairs(diagonal, period, vectors[0], vectors[1], vectors[2], vectors[3], bool(differ))
+
+
+def whole(kind: str, q: Tensor, k: Tensor) -> bool:
+    """Whether a tile has all of its rows' features at once."""
+    return q.shape[1] <= shape(f"{kind}_whole", q, k)["BLOCK_D"]
+
+
+def tiles(kind: str, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The launch shape of a sweep over tiles of scores, from the rows `kind` and `kind`_whole of the table.
+
+    WHOLE: the features fit BLOCK_D. EVEN: they fill what is read of them.
+    """
+    fits, depth = whole(kind, q, k), q.shape[1]
+    found = shape(f"{kind}_whole" if fits else kind, q, k)
+    block = max(triton.next_power_of_2(depth), 16) if fits else found["BLOCK_D"]
+    even = depth > 0 and depth % block == 0
+    return found | {"BLOCK_D": block, "WHOLE": fits, "EVEN": even, "PRECISION": precision()}
 
 
 @triton.jit
@@ -115,3 +133,17 @@ def grouped(program, row_blocks, column_blocks, GROUP: tl.constexpr):
     height = tl.minimum(row_blocks - first, GROUP)
     inside = program % width
     return first + inside % height, inside // height
+
+
+@triton.jit
+def chunked(program, row_blocks, column_blocks, splits, chunk, GROUP: tl.constexpr):
+    """(block of rows, part, its first tile of keys, the one after its last) of a program; parts are `chunk` tiles."""
+    i, part = grouped(program, row_blocks, splits, GROUP)
+    begin = part * chunk
+    return i, part, begin, tl.minimum(begin + chunk, column_blocks)
+
+
+@triton.jit
+def finite(x):
+    """What is subtracted before exp2: x, or 0 for an infinity, whose difference with itself is NaN."""
+    return tl.where((x == float("inf")) | (x == -float("inf")), 0.0, x)

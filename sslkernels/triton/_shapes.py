@@ -11,21 +11,43 @@ from __future__ import annotations
 from typing import Any
 
 _ROW = {"BLOCK": 1024, "num_warps": 4}  # a program a row, in pieces
+_MERGE = {"BLOCK": 64, "SLOTS": 32, "BLOCK_D": 32, "num_warps": 4}
+
+
+def _tile(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
+    """Of scores: n rows, m columns, d features at a time; GROUP rows of tiles share their operands in L2."""
+    return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "GROUP": 16, "num_warps": warps, "num_stages": stages}
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
         "row": _ROW,
+        "scores": {2: _tile(128, 128, 32, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "merge": _MERGE,
     },
     "sm_90": {
         "row": _ROW,
+        "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 128, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "merge": _MERGE,
     },
     "sm_100": {
         "row": _ROW,
+        "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 128, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "merge": _MERGE,
     },
     "gfx942": {
         "row": _ROW,
+        "scores": {2: _tile(128, 128, 32, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "merge": _MERGE,
     },
     "interpreter": {
         "row": {"BLOCK": 16},
+        "scores": _tile(16, 16, 16, 4, 1),
+        "scores_whole": _tile(16, 16, 32, 4, 1),
+        "merge": {"BLOCK": 16, "SLOTS": 4, "BLOCK_D": 16},
     },
 }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from sslkernels.triton._lse import self_similarity_logsumexp, similarity_logsumexp
 from sslkernels.triton._rows import l2_normalize, l2_normalize_backward
 
-__all__ = ["l2_normalize", "l2_normalize_backward"]
+__all__ = ["l2_normalize", "l2_normalize_backward", "self_similarity_logsumexp", "similarity_logsumexp"]
