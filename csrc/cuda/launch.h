@@ -82,6 +82,17 @@ class Device {
 #endif
 };
 
+// The dynamic shared memory of a block, aligned to 16 bytes.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+#ifdef SSLKERNELS_EMULATED
+  return reinterpret_cast<T*>(emulator::block.shared.data());
+#else
+  extern __shared__ int4 memory[];
+  return reinterpret_cast<T*>(memory);
+#endif
+}
+
 // A kernel given a pointer into another device's memory would fault: the one check of `name` that C++ repeats.
 inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,

@@ -187,11 +187,17 @@ T __shfl_sync(unsigned, T value, int source) {
 }
 
 inline unsigned __ballot_sync(unsigned, int predicate) {
+  using emulator::block;
+  const int me = block.current, warp = me / warpSize;
+  block.exchange[me] = predicate != 0;
+  emulator::wait(block.warps[warp], block.alive[warp]);
   unsigned bits = 0;
   for (int lane = 0; lane < warpSize; ++lane) {
-    const int there = emulator::shuffle(predicate != 0 ? lane : -1, [=](int) { return lane; });
-    bits |= there == lane ? 1u << lane : 0u;
+    const size_t from = static_cast<size_t>(warp) * warpSize + lane;
+    if (from < block.exchange.size() && block.fibers[from].alive && block.exchange[from])
+      bits |= 1u << lane;
   }
+  emulator::wait(block.warps[warp], block.alive[warp]);
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
