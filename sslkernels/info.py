@@ -23,6 +23,7 @@ def gather() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "libraries": {device: _library_state(device) for device in _library.COMPILED},
+        "triton": _problem("triton"),
         "instruction_set": {"level": _level(), "cap": os.environ.get("SSLKERNELS_CPU_LEVEL"), "cpu": _cpu_name()},
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
         "devices": _devices(),
@@ -32,7 +33,7 @@ def gather() -> dict[str, Any]:
 
 def serves(name: str, device: str) -> str:
     """Which implementation of the op serves tensors on the device."""
-    if device == "cuda" and torch.version.cuda is None:
+    if device == "cuda" and torch.version.cuda is None and torch.version.hip is None:
         return "unavailable"
     if name in _library.COMPILED[device]:
         return "compiled"
@@ -45,8 +46,11 @@ def text(facts: dict[str, Any]) -> str:
     """The same for people."""
     lines = ["  ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)]
     for device, state in facts["libraries"].items():
-        ending = f" (CUDA {state['runtime']}, driver {state['driver'] or 'none'})" if state.get("runtime") else ""
-        lines.append(f"{device} library: {state['problem'] or state['path'] + ending}")
+        lines.append(f"{device} library: {_sentence(state) or state['path']}")
+        if state.get("runtime"):
+            architectures = ", ".join(f"sm_{name}" for name in state["architectures"])
+            lines[-1] += f" (CUDA {state['runtime']} for {architectures}; driver: {state['driver'] or 'none'})"
+    lines.append(f"triton kernels: {_sentence(facts['triton']) or 'ready'}")
     isa, threads = facts["instruction_set"], facts["threads"]
     cap = f" (capped by SSLKERNELS_CPU_LEVEL={isa['cap']})" if isa["cap"] else ""
     lines.append(f"instruction set: {isa['level'] or 'that of torch'}{cap} on {isa['cpu']}")
@@ -76,11 +80,22 @@ def _versions() -> dict[str, str | None]:
 
 
 def _library_state(device: str) -> dict[str, Any]:
-    problem = _library.PROBLEMS.get(device)
-    state: dict[str, Any] = {"loaded": not problem, "path": str(_library.path(device)), "problem": problem}
-    if device == "cuda" and not problem:
-        state["runtime"], state["driver"] = _library.cuda_versions()
+    problem = _problem(device)
+    state: dict[str, Any] = {"loaded": problem["problem"] is None, "path": str(_library.path(device)), **problem}
+    if device == "cuda" and _library.path(device).is_file():
+        (runtime, architectures), driver = _library.built_for(), _library.driver_version()
+        state["runtime"], state["architectures"] = _library.version_text(runtime), [a // 10 for a in architectures]
+        state["driver"] = _library.version_text(driver) if driver else None
     return state
+
+
+def _problem(name: str) -> dict[str, str | None]:
+    reason, remedy = _library.PROBLEMS.get(name) or (None, None)
+    return {"problem": reason, "remedy": remedy or None}
+
+
+def _sentence(state: dict[str, Any]) -> str:
+    return ". ".join(filter(None, (state["problem"], state["remedy"])))
 
 
 def _level() -> str | None:
@@ -98,4 +113,10 @@ def _cpu_name() -> str:
 
 
 def _devices() -> list[str]:
-    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    return ["cpu", *(_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))]
+
+
+def _gpu(device: torch.device) -> str:
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    missing = "" if _library.runs_triton(device) else ", too old for the Triton kernels"
+    return f"{device} {torch.cuda.get_device_name(device)} (compute capability {capability}{missing})"

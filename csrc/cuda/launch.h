@@ -19,8 +19,6 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/driver.h"
-
 namespace sslkernels {
 
 using torch::headeronly::ScalarType;
@@ -111,19 +109,12 @@ inline Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarT
 
 }  // namespace sslkernels
 
-// SSLKERNELS_CUDA_OPS(library) { library.impl("op", TORCH_BOX(&function)); }, once a source file: nothing is registered
-// where the driver is too old for the kernels.
+// SSLKERNELS_CUDA_OPS(library) { library.impl("op", TORCH_BOX(&function)); }, once a source file. The library is not
+// loaded where the driver is too old for it.
 #ifdef SSLKERNELS_EMULATED
 #define SSLKERNELS_CUDA_KEY PrivateUse1
 #else
 #define SSLKERNELS_CUDA_KEY CUDA
 #endif
-#define SSLKERNELS_CUDA_OPS(library)                                     \
-  static void register_ops(torch::stable::detail::StableLibrary&);       \
-  SSLKERNELS_CUDA_OPS_UNDER(sslkernels, SSLKERNELS_CUDA_KEY, registry) { \
-    if (sslkernels::driver_serves()) {                                   \
-      register_ops(registry);                                            \
-    }                                                                    \
-  }                                                                      \
-  static void register_ops(torch::stable::detail::StableLibrary& library)
+#define SSLKERNELS_CUDA_OPS(library) SSLKERNELS_CUDA_OPS_UNDER(sslkernels, SSLKERNELS_CUDA_KEY, library)
 #define SSLKERNELS_CUDA_OPS_UNDER(space, key, library) STABLE_TORCH_LIBRARY_IMPL(space, key, library)

@@ -29,7 +29,7 @@ def define(schema: str, *, reference: Callable, fake: Callable | None, everywher
 
     @functools.wraps(reference)
     def announced(*args: Any) -> Any:
-        _library.warn_fallback(_device_of(args))
+        _library.warn_fallback(name, args)
         return reference(*args)
 
     LIBRARY.impl(name, reference if everywhere else announced, "CompositeExplicitAutograd")
@@ -52,12 +52,3 @@ def once_differentiable(op: Any) -> None:
         raise RuntimeError(f"{op.name()}: double backward is not supported; use sslkernels.reference")
 
     _autograd.register(LIBRARY, op, lambda ctx, inputs, output: None, refuse)
-
-
-def _device_of(args: tuple) -> str:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.device.type
-        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], torch.Tensor):
-            return arg[0].device.type
-    return "cpu"

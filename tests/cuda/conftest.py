@@ -30,7 +30,7 @@ def library() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    sources = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/driver.cu"})
+    sources = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/version.cu"})
     headers = sorted(path for path in (ROOT / "csrc").glob("*/*.*") if path.suffix in (".h", ".inl"))
     includes = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", "-isystem", f"{TORCH / 'include'}"]
     # -ffp-contract=off: the kernels that promise bits say themselves where they fuse
