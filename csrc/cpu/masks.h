@@ -1,49 +1,112 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the masks share: the words of a sample, random subsets, ids of what is in and out.
+// One thread of the CPU as the team of a mask's samples; see common/masks.h.
 #pragma once
 
 #include <array>
+#include <memory>
 
-#include "common/philox.h"
+#include "common/masks.h"
 #include "cpu/operand.h"
 
+// Where blocks are large is decided in floating point: no product and sum may be fused, on any processor.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 namespace sslkernels {
-
-enum Tag : uint64_t { kRandom = 1, kBlock, kInverse, kMultiblock, kMultiblock3d, kSpan, kToken, kCorruption };
-
-constexpr i64 kBatch = i64{1} << 47;  // the sample number of what a whole batch shares
 
 // The first `blocks` blocks of four words of a region, where blocks is a multiple of 16.
 void random_words(uint64_t seed, uint64_t stream, uint64_t region, i64 blocks, uint32_t* out);
 
-// word(b, region, i) of sslkernels/reference/masks.py.
-class Words {
+class OneThread {
  public:
-  Words(const Tensor& seed, Tag tag, i64 sample)
-      : seed_(*static_cast<const uint64_t*>(seed.const_data_ptr())), stream_((uint64_t{tag} << 48) + sample) {}
-
-  // words 4 i to 4 i + 3
-  std::array<uint32_t, 4> four(uint64_t region, i64 i) const {
-    const Philox block = philox(seed_, stream_, (region << 32) + i);
-    return {block.words[0], block.words[1], block.words[2], block.words[3]};
+  template <typename F>
+  void each(i64 n, const F& f) const {
+    for (i64 i = 0; i < n; ++i) f(i);
   }
-  uint32_t at(uint64_t region, i64 i) const { return four(region, i / 4)[i % 4]; }
 
-  // words 0 to count - 1; what is behind them in `out` is undefined
-  const uint32_t* all(uint64_t region, i64 count, std::vector<uint32_t>& out) const {
-    const i64 blocks = (count + 63) / 64 * 16;
-    if (static_cast<i64>(out.size()) < 4 * blocks)
-      out.resize(4 * blocks);
-    random_words(seed_, stream_, region, blocks, out.data());
-    return out.data();
+  template <typename F>
+  void each(i64 rows, i64 cols, const F& f) const {
+    for (i64 r = 0; r < rows; ++r)
+      for (i64 c = 0; c < cols; ++c) f(r, c);
   }
+
+  template <typename F>
+  i64 sum(i64 n, const F& f) const {
+    i64 total = 0;
+    for (i64 i = 0; i < n; ++i) total += f(i);
+    return total;
+  }
+
+  template <typename F>
+  i64 sum(i64 rows, i64 cols, const F& f) const {
+    i64 total = 0;
+    for (i64 r = 0; r < rows; ++r)
+      for (i64 c = 0; c < cols; ++c) total += f(r, c);
+    return total;
+  }
+
+  template <typename Inside, typename F>
+  i64 ranked(i64 n, const Inside& inside, const F& f) const {
+    i64 before = 0;
+    for (i64 i = 0; i < n; ++i) {
+      const bool in = inside(i);
+      f(i, in, before);
+      before += in;
+    }
+    return before;
+  }
+
+  template <typename Inside>
+  i64 find(i64 n, const Inside& inside, i64 k) const {
+    i64 i = 0;
+    for (; i < n; ++i) {
+      k -= inside(i);
+      if (k < 0)
+        break;
+    }
+    return i;
+  }
+
+  template <typename F>
+  auto once(const F& f) const {
+    return f();
+  }
+
+  void words(const Words& source, uint64_t region, i64 count, uint32_t* out) const {
+    random_words(source.seed, source.stream, region, padded(count) / 4, out);
+  }
+
+  template <typename Member>
+  uint64_t cut(i64 n, const uint32_t* keys, const Member& member, i64 members, i64 count) const {
+    if (count <= 0)
+      return 0;
+    if (count >= members)
+      return ~uint64_t{0};
+    // only one of 256 equal parts of the keys needs a closer look
+    std::array<i64, 256> size{};
+    for (i64 i = 0; i < n; ++i) size[keys[i] >> 24] += member(i);
+    uint32_t part = 0;
+    for (; count > size[part]; ++part) count -= size[part];
+    codes_.resize(size[part] + 1);
+    i64 found = 0;
+    for (i64 i = 0; i < n; ++i) {
+      codes_[found] = code(keys[i], i);
+      found += keys[i] >> 24 == part && member(i);
+      if (found == size[part])
+        break;
+    }
+    std::nth_element(codes_.begin(), codes_.begin() + (count - 1), codes_.begin() + found);
+    return codes_[count - 1] + 1;
+  }
+
+  void sort(uint64_t* codes, i64 n) const { std::sort(codes, codes + n); }
 
  private:
-  uint64_t seed_, stream_;
+  mutable std::vector<uint64_t> codes_;
 };
-
-// Uniform in [0, 1), a multiple of 2^-32.
-inline double fraction(uint32_t word) { return word * 0x1p-32; }
 
 // f(rows) on each thread's share of the rows
 template <typename F>
@@ -52,22 +115,18 @@ void over_samples(i64 rows, double nanoseconds, const F& f) {
   over_rows(rows, kFlopsANanosecond * nanoseconds * rows, f);
 }
 
-// Random subsets: those of the smallest keys, the earlier of two equal ones first.
-class Subset {
- public:
-  // key_i and i belong to the `count` smallest of n if code(key_i, i) is less than this.
-  uint64_t cut(const uint32_t* keys, i64 n, i64 count);
-  static uint64_t code(uint32_t key, i64 i) { return uint64_t{key} << 32 | static_cast<uint64_t>(i); }
-
-  // Switches elements of `on` (n) on or off, those of the smallest keys staying on or going on, until `count` are.
-  void adjust(uint8_t* on, i64 n, i64 count, const uint32_t* keys);
-
- private:
-  std::vector<uint64_t> codes_;
-  std::vector<uint32_t> chosen_;
-};
-
-// Ids of what is on and of what is off, both ascending; null: not wanted.
-void write_ids(const uint8_t* on, i64 n, i64* ids, i64* others);
+// sample(team, b, room) for each of a batch
+template <typename Sample>
+void run_samples(const Tensor&, i64 batch, const Sample& sample) {
+  Arena measure(nullptr);
+  sample.room(measure);
+  over_samples(batch, sample.nanoseconds(), [&](Range rows) {
+    const auto memory = std::make_unique<char[]>(measure.used());
+    Arena arena(memory.get());
+    const auto room = sample.room(arena);
+    const OneThread team;
+    for (i64 b = rows.begin; b < rows.end; ++b) sample(team, b, room);
+  });
+}
 
 }  // namespace sslkernels

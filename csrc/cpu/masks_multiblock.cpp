@@ -2,6 +2,8 @@
 // Masks of latent prediction: one block size a batch, positions a sample, all cut to one length.
 #include "cpu/masks.h"
 
+#include "common/masks_tensors.h"
+
 namespace sslkernels {
 
 namespace {
@@ -30,12 +32,14 @@ Tensor survivors(const Tensor& seed, Tag tag, uint64_t region, std::vector<uint8
                  i64 count, bool raster) {
   Tensor out = empty({batch, count}, ScalarType::Long);
   over_samples(batch, 6.0 * n, [&](Range rows) {
-    std::vector<uint32_t> keys(raster ? n : 0);
-    Subset subset;
+    std::vector<uint32_t> keys(padded(n));  // all alike in raster order
+    const OneThread team;
     for (i64 b = rows.begin; b < rows.end; ++b) {
       uint8_t* on = &members[b * n];
-      subset.adjust(on, n, count, raster ? keys.data() : Words(seed, tag, b).all(region, n, keys));
-      write_ids(on, n, data<i64>(out) + b * count, nullptr);
+      if (!raster)
+        team.words(Words(*seed_of(seed), tag, b), region, n, keys.data());
+      adjust(team, on, n, count, keys.data());
+      write_ids(team, on, n, data<i64>(out) + b * count, nullptr);
     }
   });
   return out;
@@ -55,8 +59,8 @@ Ids multiblock_mask(const Tensor& seed, i64 batch, i64 height, i64 width, i64 ta
                     Ends target_scale, Ends target_aspect, i64 min_keep, bool allow_overlap, bool raster,
                     bool reproduce_bugs, std::optional<i64> context_tokens) {
   const i64 size = height * width;
-  const auto shared = Words(seed, kMultiblock, kBatch).four(0, 0);
-  const double u[3] = {fraction(shared[0]), fraction(shared[1]), fraction(shared[2])};
+  const Philox shared = Words(*seed_of(seed), kMultiblock, kBatch).four(0, 0);
+  const double u[3] = {fraction(shared.words[0]), fraction(shared.words[1]), fraction(shared.words[2])};
   const auto sides = [&](double scale, double aspect) {  // smaller than the grid in each direction
     return block_sides(std::floor(size * scale), aspect, height - 1, width - 1);
   };
@@ -74,7 +78,7 @@ Ids multiblock_mask(const Tensor& seed, i64 batch, i64 height, i64 width, i64 ta
   over_samples(batch, 1000.0 + 10.0 * size, [&](Range rows) {
     std::vector<i64> covered(size);  // by which target block first
     for (i64 b = rows.begin; b < rows.end; ++b) {
-      const Words words(seed, kMultiblock, b);
+      const Words words(*seed_of(seed), kMultiblock, b);
       std::fill(covered.begin(), covered.end(), targets);
       i64* id = data<i64>(out) + b * targets * target.h * target.w;
       for (i64 k = 0; k < targets; ++k) {
@@ -109,23 +113,23 @@ Ids multiblock_mask(const Tensor& seed, i64 batch, i64 height, i64 width, i64 ta
 Ids multiblock3d_mask(const Tensor& seed, i64 batch, i64 frames, i64 height, i64 width, i64 blocks, Ends spatial_scale,
                       Ends temporal_scale, Ends aspect, bool raster, i64 context_frames, std::optional<i64> max_keep) {
   const i64 place = height * width, size = frames * place;
-  const auto shared = Words(seed, kMultiblock3d, kBatch).four(0, 0);
-  const i64 t = std::max<i64>(1, static_cast<i64>(frames * mix(temporal_scale, fraction(shared[0]))));
-  const double area = std::floor(place * mix(spatial_scale, fraction(shared[1])));
-  const Sides block = block_sides(area, mix(aspect, fraction(shared[2])), height, width);
+  const Philox shared = Words(*seed_of(seed), kMultiblock3d, kBatch).four(0, 0);
+  const i64 t = std::max<i64>(1, static_cast<i64>(frames * mix(temporal_scale, fraction(shared.words[0]))));
+  const double area = std::floor(place * mix(spatial_scale, fraction(shared.words[1])));
+  const Sides block = block_sides(area, mix(aspect, fraction(shared.words[2])), height, width);
 
   std::vector<uint8_t> context(batch * size);
   std::vector<i64> counts(batch);
   over_samples(batch, 100.0 * blocks + 4.0 * size, [&](Range rows) {
     for (i64 b = rows.begin; b < rows.end; ++b) {
-      const Words words(seed, kMultiblock3d, b);
+      const Words words(*seed_of(seed), kMultiblock3d, b);
       uint8_t* visible = &context[b * size];
       for (i64 attempt = 0; attempt < kClipAttempts && !counts[b]; ++attempt) {
         std::memset(visible, 1, context_frames * place);
         for (i64 k = 0; k < blocks; ++k) {
-          const auto word = words.four(2, attempt * blocks + k);
-          const i64 top = below(word[0], height - block.h + 1), left = below(word[1], width - block.w + 1);
-          const i64 start = below(word[2], frames - t + 1);
+          const Philox word = words.four(2, attempt * blocks + k);
+          const i64 top = below(word.words[0], height - block.h + 1), left = below(word.words[1], width - block.w + 1);
+          const i64 start = below(word.words[2], frames - t + 1);
           for (i64 f = start; f < start + t; ++f)
             for (i64 r = top; r < top + block.h; ++r) std::memset(visible + f * place + r * width + left, 0, block.w);
         }
