@@ -33,8 +33,10 @@ def library() -> Path:
     sources = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/version.cu"})
     headers = sorted(path for path in (ROOT / "csrc").glob("*/*.*") if path.suffix in (".h", ".inl"))
     includes = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", "-isystem", f"{TORCH / 'include'}"]
-    # -ffp-contract=off: the kernels that promise bits say themselves where they fuse
-    flags = ["-x", "c++", "-O1", "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-attributes", "-DSSLKERNELS_EMULATED"]
+    # -ffp-contract=off: the kernels that promise bits say themselves where they fuse; -U_FORTIFY_SOURCE: its longjmp
+    # refuses to change stacks
+    flags = ["-x", "c++", "-O1", "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-attributes", "-U_FORTIFY_SOURCE"]
+    flags.append("-DSSLKERNELS_EMULATED")
     command = [*compiler.split(), *flags, "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes]
     texts = [path.read_bytes() for path in (*sources, *headers, *sorted(EMULATOR.iterdir()))]
     key = hashlib.sha256("\0".join(command).encode() + b"".join(texts)).hexdigest()[:16]

@@ -3,6 +3,7 @@
 // change hands at barriers and shuffles. Slow and exact: what it computes, a GPU computes, races between blocks aside.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -35,10 +36,12 @@ namespace emulator {
 
 constexpr size_t kStack = 128 << 10;
 
+// makecontext() starts a fiber; from then on it goes by _setjmp, which makes no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf resumed;
   char* stack = nullptr;
-  bool alive = false;
+  bool alive = false, started = false;
 };
 
 // Who waits at a barrier, and how often it has opened.
@@ -55,13 +58,25 @@ struct Block {
   int running = 0, current = 0;
   std::vector<uint64_t> exchange;
   std::vector<char> shared;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
 };
 
 inline Block block;
 
-inline void yield() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
+inline void yield() {
+  if (_setjmp(block.fibers[block.current].resumed) == 0)
+    _longjmp(block.scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  if (_setjmp(block.scheduler) != 0)
+    return;
+  if (fiber.started)
+    _longjmp(fiber.resumed, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
 
 // A returned thread no longer counts, as in hardware.
 inline void open_if_full(Barrier& barrier, int expected) {
@@ -107,6 +122,7 @@ inline void run_block(int threads) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     fiber.alive = true;
+    fiber.started = false;
   }
   while (block.running > 0) {
     const unsigned opened = progress();
@@ -116,7 +132,7 @@ inline void run_block(int threads) {
         continue;
       block.current = t;
       threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-      swapcontext(&block.scheduler, &block.fibers[t].context);
+      resume(block.fibers[t]);
     }
     if (block.running > 0 && block.running == running && progress() == opened) {
       std::fprintf(stderr, "emulator: threads wait at different barriers\n");
