@@ -9,5 +9,8 @@ KERNELS = {
     "l2_normalize": "contrastive",
     "l2_normalize_backward": "contrastive",
     "self_similarity_logsumexp": "contrastive",
+    "self_similarity_logsumexp_backward": "contrastive",
     "similarity_logsumexp": "contrastive",
+    "similarity_logsumexp_backward": "contrastive",
+    "similarity_row_attention": "contrastive",
 }

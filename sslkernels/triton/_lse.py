@@ -9,7 +9,7 @@ sweeps the tiles on and above the diagonal: a tile's columns are the rows of its
 CLIP at that size on an H100: 1.1e12 operations (1.7 ms at 650 TFLOP/s) and two exp2 an element (0.6 ms), which a second
 block on the multiprocessor hides; tiles of 128 x 128 read 17 GB from L2 (3 ms at 5.5 TB/s), which bounds the sweep.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sweep_kernel(
     row_blocks = tl.cdiv(n, BLOCK_N)
     i, part, begin, end = chunked(tl.program_id(0), row_blocks, tl.cdiv(m, BLOCK_M), splits, chunk, GROUP)
     if TRIANGULAR:
-        begin = tl.maximum(begin, i)  # its tiles are square
+        begin = tl.maximum(begin, i * (BLOCK_N // BLOCK_M))
     rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
     scale2 = scalar(scale_tensor, scale) * LOG2E
     if WHOLE:
@@ -67,7 +67,7 @@ def sweep_kernel(
             top = tl.max(s, 0)
             stored = columns < m
             if TRIANGULAR:
-                stored = stored & (j > i)
+                stored = stored & (columns >= (i + 1) * BLOCK_N)
             for channel in tl.static_range(len(betas)):
                 beta = tl.maximum(betas[channel], 1e-30)
                 total = tl.sum(tl.exp2((s - finite(top)[None, :]) * beta), 0)
@@ -207,7 +207,7 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset,
         launch(
             finish_kernel, (programs,), q, k, scale_tensor, scale, row_part, top_part, col_part, col_top_part,
             row, top, col if columns else None, None if offset is None else positive,
-            *sizes, row_blocks, offset, CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_M"], **finish,
+            *sizes, row_blocks, offset, CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_N"], **finish,
         )  # fmt: skip
     return row, col, positive, top, scores
 

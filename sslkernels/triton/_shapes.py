@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 _ROW = {"BLOCK": 1024, "num_warps": 4}  # a program a row, in pieces
+_COMPLETE = {"BLOCK": 32, "BLOCK_D": 64, "num_warps": 4}
+_LARGEST = {"BLOCK": 4096, "num_warps": 8}  # one program
 _MERGE = {"BLOCK": 64, "SLOTS": 32, "BLOCK_D": 32, "num_warps": 4}
 
 
@@ -19,35 +21,57 @@ def _tile(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "GROUP": 16, "num_warps": warps, "num_stages": stages}
 
 
+_TWO = {"maxnreg": 128}  # registers a thread, so that two blocks of 8 warps share a multiprocessor
+
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
         "row": _ROW,
         "scores": {2: _tile(128, 128, 32, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "attention_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "complete": _COMPLETE,
+        "gradient_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "largest": _LARGEST,
         "merge": _MERGE,
     },
     "sm_90": {
         "row": _ROW,
-        "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 128, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 4, 2)},
+        "attention_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "complete": _COMPLETE,
+        "gradient_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "largest": _LARGEST,
         "merge": _MERGE,
     },
     "sm_100": {
         "row": _ROW,
-        "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 128, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 4, 2)},
+        "attention_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "complete": _COMPLETE,
+        "gradient_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "largest": _LARGEST,
         "merge": _MERGE,
     },
     "gfx942": {
         "row": _ROW,
         "scores": {2: _tile(128, 128, 32, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
+        "attention_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "complete": _COMPLETE,
+        "gradient_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "largest": _LARGEST,
         "merge": _MERGE,
     },
     "interpreter": {
         "row": {"BLOCK": 16},
         "scores": _tile(16, 16, 16, 4, 1),
         "scores_whole": _tile(16, 16, 32, 4, 1),
+        "attention_whole": _tile(16, 16, 32, 4, 1),
+        "complete": {"BLOCK": 16, "BLOCK_D": 16},
+        "gradient_whole": _tile(16, 16, 32, 4, 1),
+        "largest": {"BLOCK": 16},
         "merge": {"BLOCK": 16, "SLOTS": 4, "BLOCK_D": 16},
     },
 }

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from sslkernels.triton import _gradients, _panel, contrastive
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 NOTHING = (None, None, None, None, None, False)
 
 
@@ -32,11 +36,207 @@ def features(n: int, m: int, d: int, *dtypes: torch.dtype) -> tuple[Tensor, Tens
     return q.to(dtypes[0]), k.T.contiguous().T.to(dtypes[-1])
 
 
-# the interpreter's tiles are 16 x 16, features in pieces of 16 above 32
-SIZES = [(1, 1, 1), (15, 17, 3), (16, 16, 16), (17, 33, 32), (31, 16, 33), (5, 100, 48), (40, 7, 50), (0, 3, 4)]
+def loosest(*dtypes: torch.dtype) -> float:
+    """Of gradients and sums of 16-bit weights, whichever dtype they come out in."""
+    return max(TOLERANCE[dtype] for dtype in dtypes)
+
+
+# the interpreter's tiles are 16 x 16, with all features up to 32 and pieces of 16 beyond; 300 keys are split
+SIZES = [(1, 1, 1), (15, 17, 3), (16, 16, 16), (17, 33, 32), (31, 16, 33), (5, 300, 8), (5, 100, 48), (40, 7, 50)]
+ALL = (True, True, True)
+
+
+def check_logsumexp(
+    compare: Callable,
+    q: Tensor,
+    k: Tensor,
+    scale: tuple = (None, 3.0),
+    rules: tuple = NOTHING,
+    scales: tuple = (1.0,),
+    offset: int | None = None,
+    mask: tuple = ALL,
+    asked: tuple = ALL,
+    tolerance: float | None = None,
+) -> None:
+    """Forward, and backward from what the reference leaves; `asked`: rows, columns, positives."""
+    _, columns, positives = asked
+    compare("similarity_logsumexp", q, k, *scale, *rules, scales, columns, True, offset)
+    row, col, positive, *_ = torch.ops.sslkernels.similarity_logsumexp(
+        q, k, *scale, *rules, scales, columns, False, offset
+    )
+    grad_row, grad_col = (torch.randn(x.shape[::-1]).T if wanted else None for x, wanted in zip((row, col), asked))
+    grad_positive = torch.randn(2 * positive.numel())[::2] if offset is not None and positives else None
+    grads = grad_row, grad_col, grad_positive
+    saved = row, col, q.new_empty(0), mask
+    tolerance = tolerance or loosest(q.dtype, k.dtype)
+    compare("similarity_logsumexp_backward", *grads, q, k, *scale, *rules, scales, offset, *saved, tolerance=tolerance)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
 def test_logsumexp(compare: Callable, n: int, m: int, d: int) -> None:
-    q, k = features(n, m, d, torch.float32)
-    compare("similarity_logsumexp", q, k, None, 3.0, *NOTHING, (1.0,), True, True, None)
+    check_logsumexp(compare, *features(n, m, d, torch.float32))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 5, 0)], ids=str)
+def test_logsumexp_of_nothing(compare: Callable, sizes: tuple) -> None:
+    q, k = features(*sizes, torch.float32)
+    check_logsumexp(compare, q, k)
+    compare("similarity_row_attention", q, k, None, 3.0, *NOTHING)
+    check_self(compare, q)
+
+
+@pytest.mark.parametrize("d", [20, 40])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
+def test_logsumexp_dtypes(compare: Callable, dtypes: tuple, d: int) -> None:
+    q, k = features(18, 35, d, *dtypes)
+    scale = torch.tensor([4.0], dtype=dtypes[0])
+    check_logsumexp(compare, q, k, (scale, 1.0), (2, *NOTHING[1:]), offset=2)
+
+
+def rules(n: int, m: int) -> dict[str, tuple]:
+    groups = torch.randint(4, (n,)), torch.randint(4, (2 * m,))[::2] + 2**40 * 0
+    mask = torch.rand(m) < 0.7
+    return {
+        "diagonal": (3, None, None, None, None, False),
+        "below": (-n + 1, None, None, None, None, False),
+        "beyond": (1 << 61, None, None, None, None, False),
+        "period": (-2, 7, None, None, None, False),
+        "long period": (1, 1 << 40, None, None, None, False),
+        "groups": (None, None, *groups, None, False),
+        "differ": (0, None, *groups, mask, True),
+        "nothing left": (None, None, None, None, torch.zeros(m, dtype=torch.bool), False),
+    }
+
+
+@pytest.mark.parametrize("d", [5, 33])
+@pytest.mark.parametrize("rule", rules(1, 1))
+def test_logsumexp_rules(compare: Callable, rule: str, d: int) -> None:
+    q, k = features(19, 34, d, torch.float32)
+    check_logsumexp(compare, q, k, rules=rules(19, 34)[rule])
+
+
+@pytest.mark.parametrize("d", [7, 40])
+@pytest.mark.parametrize("scales", [(0.5,), (1.0, 2.0), (1.0, 0.0, 3.0)], ids=str)
+def test_logsumexp_scales(compare: Callable, scales: tuple, d: int) -> None:
+    q, k = features(17, 21, d, torch.float32)
+    check_logsumexp(compare, q, k, (torch.tensor(2.0), 1.0), (0, *NOTHING[1:]), scales, offset=0)
+
+
+@pytest.mark.parametrize("d", [7, 40])
+@pytest.mark.parametrize(
+    ("asked", "mask"),
+    [
+        ((True, False, False), (True, False, False)),
+        ((False, True, False), (False, True, True)),
+        ((False, False, True), ALL),
+        ((True, True, True), (False, False, True)),
+        ((True, False, True), (False, True, False)),
+    ],
+    ids=str,
+)
+def test_logsumexp_of_what_is_asked(compare: Callable, asked: tuple, mask: tuple, d: int) -> None:
+    q, k = features(17, 21, d, torch.float32)
+    check_logsumexp(compare, q, k, offset=4, asked=asked, mask=mask)
+
+
+@pytest.mark.parametrize("d", [8, 40])
+def test_logsumexp_of_extremes(compare: Callable, d: int) -> None:
+    """Logits of 1e4 beside such of 1, then what is not finite: each row and column has its own reference."""
+    q, k = features(20, 35, d, torch.float32)
+    q[3] *= 100.0
+    k[20] *= 10.0
+    tolerance = 4 * torch.finfo(torch.float32).eps * 10 * (q @ k.T).abs().max().item()
+    check_logsumexp(compare, q, k, (None, 10.0), tolerance=tolerance)
+    q[1, 0], k[17, 1], k[18, 2] = torch.nan, torch.inf, -torch.inf
+    compare("similarity_logsumexp", q, k, None, 1.0, *NOTHING, (1.0,), True, True, None)
+    compare("similarity_row_attention", q, k, None, 1.0, *NOTHING)
+    compare("self_similarity_logsumexp", k, None, 1.0, *NOTHING[:3], *NOTHING[4:], (1.0,), False, None)
+
+
+def test_gradients_in_panels(compare: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three panels of 16 rows, the last of them not full."""
+    small = {"limit": 16 * 35 * 4, "tile": 16}
+    monkeypatch.setattr(_gradients, "panels", functools.partial(_panel.panels, **small))
+    monkeypatch.setattr(_gradients, "panel_rows", functools.partial(_panel.panel_rows, **small))
+    q, k = features(35, 36, 34, torch.float32)
+    check_logsumexp(compare, q, k, rules=(1, *NOTHING[1:]), offset=1)
+    compare("similarity_row_attention", q, k, None, 3.0, 1, *NOTHING[1:])
+    check_self(compare, k, (None, 3.0), period=18)
+
+
+@pytest.mark.parametrize("d", [16, 40])
+def test_small_weights_survive_float16(compare: Callable, d: int) -> None:
+    """Gradients of 1e-9, as the mean over a large batch has, before a large scale: float16 ends at 6e-8."""
+    q, k = features(17, 20, d, torch.float16)
+    rules = (None, 1e3, *NOTHING, (1e-3, 5e-4))
+    row, col, *_ = torch.ops.sslkernels.similarity_logsumexp(q, k, *rules, True, False, None)
+    grads = 1e-9 * torch.randn_like(row), 1e-9 * torch.randn_like(col), None
+    rest = None, row, col, q.new_empty(0), ALL
+    compare("similarity_logsumexp_backward", *grads, q * 1e3, k, *rules, *rest, tolerance=4e-3)
+
+
+def check_self(
+    compare: Callable,
+    z: Tensor,
+    scale: tuple = (None, 3.0),
+    period: int | None = None,
+    groups: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    differ: bool = False,
+    scales: tuple = (1.0,),
+    mask: tuple = (True, True),
+) -> None:
+    pairs = 0, period, groups, key_mask, differ
+    compare("self_similarity_logsumexp", z, *scale, *pairs, scales, True, period)
+    lse, positive, *_ = torch.ops.sslkernels.self_similarity_logsumexp(z, *scale, *pairs, scales, False, period)
+    grads = torch.randn(lse.shape), None if period is None else torch.randn(positive.shape)
+    rest = scales, period, lse, z.new_empty(0), mask
+    compare("self_similarity_logsumexp_backward", *grads, z, *scale, *pairs, *rest, tolerance=loosest(z.dtype))
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (16, 32), (17, 33), (50, 6)])
+def test_self_similarity(compare: Callable, n: int, d: int) -> None:
+    check_self(compare, features(n, 1, d, torch.float32)[0])
+
+
+@pytest.mark.parametrize("d", [8, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_self_similarity_of_two_views(compare: Callable, dtype: torch.dtype, d: int) -> None:
+    z = features(1, 46, d, dtype)[1]
+    check_self(compare, z, (torch.tensor(5.0), 1.0), period=23, scales=(1.0, 0.5))
+
+
+@pytest.mark.parametrize("d", [8, 40])
+def test_self_similarity_rules(compare: Callable, d: int) -> None:
+    z = features(37, 1, d, torch.float32)[0]
+    groups, mask = torch.randint(5, (37,)), torch.rand(37) < 0.6
+    check_self(compare, z, groups=groups, differ=True, mask=(True, False))
+    check_self(compare, z, groups=groups, key_mask=mask, mask=(False, True))
+
+
+@pytest.mark.parametrize("dtypes", [*((x,) for x in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (17, 33, 32), (3, 300, 20), (20, 50, 33)])
+def test_row_attention(compare: Callable, n: int, m: int, d: int, dtypes: tuple) -> None:
+    q, k = features(n, m, d, *dtypes)
+    tolerance = loosest(*dtypes)
+    compare("similarity_row_attention", q, k, torch.tensor(8.0), 1.0, *NOTHING, tolerance=tolerance)
+    key_mask = torch.arange(m) % 40 > 30
+    compare("similarity_row_attention", q, k, None, 8.0, 0, 5, None, None, key_mask, False, tolerance=tolerance)
+
+
+def test_same_bits() -> None:
+    q, k = features(18, 30, 34, torch.bfloat16)
+    first, second = (launch_all(q, k) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def launch_all(q: Tensor, k: Tensor) -> list[Tensor]:
+    row, col, *rest = contrastive.similarity_logsumexp(q, k, None, 3.0, *NOTHING, (1.0,), True, False, 0)
+    grads = contrastive.similarity_logsumexp_backward(
+        row, col, rest[0], q, k, None, 3.0, *NOTHING, (1.0,), 0, row, col, q.new_empty(0), ALL
+    )
+    return [row, col, *rest[:2], *grads, *contrastive.similarity_row_attention(q, k, None, 3.0, *NOTHING)]
