@@ -9,8 +9,9 @@ import torch
 
 from sslkernels.triton import contrastive
 
-TENSOR_CORES: set[str] = set()
-SPILLS: dict[str, int] = {}
+TENSOR_CORES: set[str] = {"weights_kernel"}
+# two blocks on a multiprocessor, so that one's arithmetic hides behind the other's products, leave 128 registers each
+SPILLS: dict[str, int] = {"weights_kernel": 32}
 
 
 def _normalize(dtype: torch.dtype) -> None:
@@ -45,9 +46,45 @@ def _nt_xent(m: int, d: int) -> Callable[[torch.dtype], None]:
     return launch
 
 
+def _number() -> torch.Tensor:
+    return torch.empty((), device="meta")
+
+
+def _sampled(dtype: torch.dtype) -> None:
+    """wav2vec 2.0's distractors, or a query's own negatives."""
+    q, k = (torch.empty(n, 256, dtype=dtype, device="meta") for n in (8192, 16384))
+    indices = torch.empty(8192, 100, dtype=torch.int64, device="meta")
+    lse = contrastive.sampled_logsumexp(q, k, indices, None, _number(), 1.0)
+    numbers = None, _number(), 1.0
+    contrastive.sampled_logsumexp_backward(lse, q, k, indices, *numbers, lse, [True] * 3)
+
+
+def _distractors(dtype: torch.dtype) -> None:
+    lengths = torch.empty(32, dtype=torch.int64, device="meta")
+    contrastive.distractor_counts(torch.empty(1, dtype=torch.int64, device="meta"), lengths, 500, 100)
+
+
+def _siglip(dtype: torch.dtype) -> None:
+    q, k = torch.empty(2, 32768, 768, dtype=dtype, device="meta")
+    numbers = _number(), 1.0, _number(), 1.0, *DIAGONAL
+    contrastive.similarity_softplus_sum(q, k, None, 1 / 32768, *numbers, [True] * 4)
+
+
+def _softplus_rows(dtype: torch.dtype) -> None:
+    q, k = torch.empty(2, 32768, 768, dtype=dtype, device="meta")
+    numbers = _number(), 1.0, _number(), 1.0, *DIAGONAL
+    contrastive.similarity_softplus(q, k, *numbers)
+    grad = torch.empty(32768, device="meta")
+    contrastive.similarity_softplus_backward(grad, q, k, *numbers, [True] * 4)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "l2_normalize": _normalize,
     "clip": _clip(32_768, 512),
     "clip_narrow": _clip(4_096, 128),
     "nt_xent": _nt_xent(16_384, 128),
+    "sampled_logsumexp": _sampled,
+    "distractor_counts": _distractors,
+    "similarity_softplus_sum": _siglip,
+    "similarity_softplus": _softplus_rows,
 }

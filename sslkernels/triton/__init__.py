@@ -6,11 +6,17 @@ Nothing here is imported before an op's first call on a GPU, so `import sslkerne
 
 # op -> the module that has its launcher
 KERNELS = {
+    "distractor_counts": "contrastive",
     "l2_normalize": "contrastive",
     "l2_normalize_backward": "contrastive",
+    "sampled_logsumexp": "contrastive",
+    "sampled_logsumexp_backward": "contrastive",
     "self_similarity_logsumexp": "contrastive",
     "self_similarity_logsumexp_backward": "contrastive",
     "similarity_logsumexp": "contrastive",
     "similarity_logsumexp_backward": "contrastive",
     "similarity_row_attention": "contrastive",
+    "similarity_softplus": "contrastive",
+    "similarity_softplus_backward": "contrastive",
+    "similarity_softplus_sum": "contrastive",
 }

@@ -34,13 +34,20 @@ def panels(rows: int, columns: int, dtype: torch.dtype, limit: int = PANEL_BYTES
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, float32; 16-bit operands of one dtype are multiplied as they are, others as float32 copies."""
-    add_product(out, a, b, first=True)
+    """out = a b, in its dtype; operands of one dtype are multiplied as they are, others as float32 copies."""
+    if a.dtype == b.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32:
+        add_product(out, a, b, first=True)
+    else:
+        out.copy_(a.float() @ b.float())
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """total += a b in float32, or total = a b where it is the first: its memory need not be initialised."""
-    if _narrow(a, b):
+    """total += a b in float32, or total = a b, of any dtype, where it is the first: it need not be initialised."""
+    if first and total.dtype != torch.float32:
+        product(a, b, total)
+    elif _narrow(a, b):
         # `total` as input and as output: torch >= 2.10 takes a float32 addend beside 16-bit factors
         if first:
             torch.mm(a, b, out_dtype=torch.float32, out=total)

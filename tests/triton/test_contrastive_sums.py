@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive sums' Triton kernels in the interpreter, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslkernels.triton import _panel, _weights
+from tests.triton.conftest import TOLERANCE, launcher
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SAME = [(dtype, dtype) for dtype in (F32, BF16, F16)]
+MIXED = [(BF16, F32), (F16, BF16)]
+
+
+def features(rows: int, columns: int, dtype: torch.dtype, strided: bool = False) -> Tensor:
+    """Rows of about unit length; every second element of a larger matrix where strided."""
+    x = torch.randn(columns, 2 * rows) if strided else torch.randn(rows, columns)
+    return (x / math.sqrt(columns)).to(dtype).T[::2] if strided else (x / math.sqrt(columns)).to(dtype)
+
+
+# sampled_logsumexp
+
+
+@pytest.mark.parametrize("dtypes", SAME + MIXED, ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "samples", "columns"),
+    [(1, 1, 1, 1), (5, 7, 9, 17), (3, 40, 8, 33), (4, 3, 17, 16), (0, 2, 3, 4), (3, 2, 0, 4)],
+)
+def test_sampled_logsumexp(compare: Callable, n: int, m: int, samples: int, columns: int, dtypes: tuple) -> None:
+    q, k = features(n, columns, dtypes[0], strided=True), features(m, columns, dtypes[1])
+    indices = torch.randint(m, (samples, n)).T
+    mask = torch.rand(n, samples) < 0.7
+    mask[:1] = False  # nothing to draw from
+    for drawn, scale in ((None, (torch.tensor(3.0), 1.0)), (mask, (None, 7.0))):
+        compare("sampled_logsumexp", q, k, indices, drawn, *scale)
+        lse = torch.ops.sslkernels.sampled_logsumexp(q, k, indices, drawn, *scale)
+        arguments = torch.randn(n), q, k, indices, drawn, *scale, lse
+        compare("sampled_logsumexp_backward", *arguments, [True] * 3)
+        if samples == 9 and dtypes == (F32, F32):
+            for wanted in itertools.product((True, False), repeat=3):
+                compare("sampled_logsumexp_backward", *arguments, list(wanted))
+
+
+def test_sampled_indices_outside_give_nan_and_read_nothing(compare: Callable) -> None:
+    q, k = torch.randn(5, 6), torch.randn(3, 6)
+    indices = torch.randint(3, (5, 4))
+    indices[1, 2], indices[3, 0] = 3, -1
+    indices[4, 1] = 2**62
+    mask = torch.ones(5, 4, dtype=torch.bool)
+    mask[3, 0] = False  # a wrong index counts although nobody asks for its key
+    lse = launcher("sampled_logsumexp")(q, k, indices, mask, None, 1.0)
+    assert lse.isnan().tolist() == [False, True, False, True, True]
+    expected = torch.logsumexp(torch.einsum("nd,ncd->nc", q, k[indices.clamp(0, 2)]), 1)
+    torch.testing.assert_close(lse[::2][:2], expected[::2][:2])
+    arguments = torch.randn(5), q, k, indices, mask, torch.tensor(1.0), 1.0, lse
+    compare("sampled_logsumexp_backward", *arguments, [True] * 3)
+    empty = torch.zeros(0, 6)
+    assert launcher("sampled_logsumexp")(q, empty, indices, None, None, 1.0).isnan().all()
+
+
+def test_sampled_extremes(compare: Callable) -> None:
+    q, k = torch.randn(4, 8), torch.randn(6, 8)
+    indices = torch.randint(6, (4, 11))
+    compare("sampled_logsumexp", q * 1e4, k, indices, None, None, 100.0)
+    k[2, 1] = torch.nan
+    q[3, 0] = torch.inf
+    indices[0] = torch.tensor([0, 1, 3] * 4)[:11]
+    compare("sampled_logsumexp", q, k, indices, None, torch.tensor(0.5), 1.0)
+    lse = torch.ops.sslkernels.sampled_logsumexp(q, k, indices, None, None, 1.0)
+    compare("sampled_logsumexp_backward", torch.ones(4), q, k, indices, None, None, 1.0, lse, [True] * 3)
+
+
+def test_sampled_keys_are_summed_in_one_order() -> None:
+    q, k = torch.randn(40, 8).to(BF16), torch.randn(3, 8).to(BF16)
+    indices = torch.randint(3, (40, 20))
+    lse = launcher("sampled_logsumexp")(q, k, indices, None, None, 5.0)
+    runs = [
+        launcher("sampled_logsumexp_backward")(torch.ones(40), q, k, indices, None, None, 5.0, lse, [True] * 3)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+# distractor_counts
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**33 + 5, -(2**63)])
+@pytest.mark.parametrize(
+    ("batch", "length", "count"), [(4, 9, 13), (2, 8, 8), (3, 1, 5), (0, 4, 2), (2, 0, 3), (1, 17, 1)]
+)
+def test_distractor_counts(compare: Callable, batch: int, length: int, count: int, seed: int) -> None:
+    lengths = torch.tensor([length, length // 2, 1, 0, -3, 2**40])[:batch]
+    compare("distractor_counts", torch.tensor([seed]), lengths, length, count)
+    counts = launcher("distractor_counts")(torch.tensor([seed]), lengths, length, count)
+    assert counts.diagonal(dim1=1, dim2=2).count_nonzero() == 0
+
+
+# similarity_softplus and its sum
+
+PAIRS = [(None,) * 5 + (False,), (0, None, None, None, None, False), (1, 3, "groups", "groups", "mask", True)]
+
+
+def rules(pairs: tuple, n: int, m: int) -> tuple:
+    """With tensors where the tuple says so."""
+    made = {"groups": lambda size: torch.randint(3, (size,)), "mask": lambda size: torch.rand(size) < 0.7}
+    sizes = (0, 0, n, m, m, 0)
+    return tuple(made[x](size) if isinstance(x, str) else x for x, size in zip(pairs, sizes))
+
+
+def compare_sum(compare: Callable, name: str, q: Tensor, k: Tensor, *arguments: Any) -> None:
+    """What is summed in float32 as float32; weights that a second product reads are rounded to 16-bit operands."""
+    compare(name, q, k, *arguments, [False, False, True, True])
+    compare(name, q, k, *arguments, [True] * 4, tolerance=TOLERANCE[q.dtype if q.dtype == k.dtype else F32])
+
+
+@pytest.mark.parametrize("dtypes", SAME + MIXED, ids=str)
+@pytest.mark.parametrize("pairs", PAIRS, ids=["all", "diagonal", "rules"])
+def test_similarity_softplus(compare: Callable, pairs: tuple, dtypes: tuple) -> None:
+    n, m, columns = 17, 35, 19
+    q, k = features(n, columns, dtypes[0], strided=True), features(m, columns, dtypes[1])
+    numbers = (torch.tensor(10.0), 1.0, None, -5.0, *rules(pairs, n, m))
+    compare("similarity_softplus", q, k, *numbers)
+    compare("similarity_softplus_backward", torch.randn(n), q, k, *numbers, [True] * 4)
+    for weight, uniform in ((None, 1 / n), (torch.rand(2 * n)[::2] / n, 1.0)):
+        compare_sum(compare, "similarity_softplus_sum", q, k, weight, uniform, *numbers)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (16, 16), (0, 3), (3, 0), (33, 2)])
+def test_similarity_softplus_sizes(compare: Callable, n: int, m: int) -> None:
+    q, k = features(n, 16, BF16), features(m, 16, BF16)
+    numbers = (None, 7.0, torch.tensor([-1.0]), 1.0, 0, None, None, None, None, False)
+    compare("similarity_softplus", q, k, *numbers)
+    compare_sum(compare, "similarity_softplus_sum", q, k, None, 0.5, *numbers)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((True, False), repeat=4)), ids=str)
+def test_similarity_softplus_masks(compare: Callable, wanted: tuple) -> None:
+    q, k = torch.randn(5, 3), torch.randn(7, 3)
+    numbers = (torch.tensor(2.0), 1.0, torch.tensor(1.0), 1.0, *PAIRS[1])
+    compare("similarity_softplus_sum", q, k, None, 0.25, *numbers, list(wanted))
+    compare("similarity_softplus_backward", torch.randn(5), q, k, *numbers, list(wanted))
+
+
+@pytest.mark.parametrize("bias", [-40.0, -1e3, 40.0, 1e4])
+def test_softplus_of_large_numbers(compare: Callable, bias: float) -> None:
+    """A trained SigLIP's negatives are all far out: log(1 + e) has no digits of e left."""
+    q, k = torch.randn(3, 4), torch.randn(5, 4)
+    numbers = (None, 1.0, None, bias, *PAIRS[0])
+    compare("similarity_softplus", q, k, *numbers)
+    compare("similarity_softplus_sum", q, k, None, 1.0, *numbers, [True] * 4)
+
+
+def test_half_precision_keeps_small_weights(compare: Callable) -> None:
+    """Slopes of 1e-7, and weights of 1e-5 on top, are no numbers of fp16."""
+    q, k = features(20, 24, F16), features(18, 24, F16)
+    numbers = (torch.tensor(3.0), 1.0, None, -14.0, *PAIRS[1])
+    for weight, uniform in ((None, 1e-5), (torch.rand(20) * 1e-5, 1.0)):
+        compare("similarity_softplus_sum", q, k, weight, uniform, *numbers, [True] * 4, tolerance=2e-3)
+    compare("similarity_softplus_backward", torch.randn(20) * 1e3, q, k, *numbers, [True] * 4)
+
+
+def test_softplus_carries_nan_and_infinity(compare: Callable) -> None:
+    q, k = torch.randn(18, 4), torch.randn(17, 4)
+    q[3, 1], q[5, 2] = torch.nan, torch.inf
+    numbers = (None, 1.0, None, 0.0, *PAIRS[0])
+    compare("similarity_softplus", q, k, *numbers)
+    compare("similarity_softplus_sum", q, k, None, 1.0, *numbers, [True] * 4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_gradients_in_several_panels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    q, k = features(50, 20, dtype), features(40, 20, dtype)
+    numbers = (None, 5.0, torch.tensor(0.5), 1.0, *PAIRS[1])
+    weight = torch.randn(50)
+    whole = launcher("similarity_softplus_backward")(weight, q, k, *numbers, [True] * 4)
+    monkeypatch.setattr(_weights, "PANEL_BYTES", 16 * 40 * dtype.itemsize)
+    monkeypatch.setattr(_panel, "TILE", 16)
+    parts = launcher("similarity_softplus_backward")(weight, q, k, *numbers, [True] * 4)
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype != F32 else 1e-5, atol=1e-5)
