@@ -9,12 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "common/grid.h"
 #include "common/host_device.h"
 
 namespace sslkernels {
 
-constexpr int64_t kChunk = 4096;                 // elements of one tensor that one block updates
-constexpr int64_t kMaxBlocks = (1LL << 31) - 1;  // of one launch: CUDA's limit on gridDim.x
+constexpr int64_t kChunk = 4096;  // elements of one tensor that one block updates
 
 inline int64_t blocks_for(int64_t numel) { return numel / kChunk + (numel % kChunk != 0); }
 
@@ -25,16 +25,16 @@ struct Launch {
   int64_t blocks;
 };
 
-// As few launches as hold at most `capacity` tensors and kMaxBlocks blocks each. An empty tensor has no block.
+// As few launches as hold at most `capacity` tensors and kMaxGrid blocks each. An empty tensor has no block.
 inline std::vector<Launch> plan_launches(const std::vector<int64_t>& numels, size_t capacity) {
   std::vector<Launch> launches;
   for (size_t i = 0; i < numels.size(); ++i) {
     const int64_t blocks = blocks_for(numels[i]);
-    if (blocks > kMaxBlocks) {
+    if (blocks > kMaxGrid) {
       throw std::length_error("a tensor needs more thread blocks than one launch has");
     }
     const bool full =
-        launches.empty() || i - launches.back().begin == capacity || launches.back().blocks + blocks > kMaxBlocks;
+        launches.empty() || i - launches.back().begin == capacity || launches.back().blocks + blocks > kMaxGrid;
     if (full) {
       launches.push_back({i, i, 0});
     }

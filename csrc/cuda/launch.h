@@ -19,13 +19,13 @@
 #include <utility>
 #include <vector>
 
+#include "common/grid.h"
+
 namespace sslkernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-
-constexpr int64_t kMaxGrid = (1LL << 31) - 1;  // CUDA's limit on gridDim.x
 
 // Makes the device of a tensor current while it lives, and launches on the stream that torch uses there.
 class Device {
@@ -95,11 +95,6 @@ __device__ inline T* dynamic_shared() {
 inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
                   " must be on the device of the other tensors");
-}
-
-// Blocks of `threads` for `count` elements of work, in a grid that one launch can hold; a kernel strides over the rest.
-inline unsigned blocks_of(int64_t count, int threads, int64_t most = kMaxGrid) {
-  return static_cast<unsigned>(std::min((count + threads - 1) / threads, most));
 }
 
 // A fresh contiguous tensor on the device of `like`.

@@ -30,7 +30,7 @@ struct dim3 {
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-constexpr int warpSize = 32;
+inline int warpSize = 32;  // no constant for a compiler there either
 
 namespace emulator {
 
@@ -241,6 +241,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline double __dadd_rn(double a, double b) { return a + b; }
