@@ -60,6 +60,13 @@ __device__ inline T narrow(float x, uint32_t word) {
   }
 }
 
+// An index that is known at run time only would put the words on the stack.
+__device__ inline uint32_t pick(const Philox& drawn, int64_t element) {
+  const uint32_t even = element & 2 ? drawn.words[2] : drawn.words[0];
+  const uint32_t odd = element & 2 ? drawn.words[3] : drawn.words[1];
+  return element & 1 ? odd : even;
+}
+
 // base + factor * difference, never fused: stochastic rounding has the same bits as on the CPU.
 __device__ inline float add_product(float base, float factor, float difference) {
   return __fadd_rn(base, __fmul_rn(factor, difference));
@@ -122,8 +129,8 @@ __device__ void update(T* target, const S* __restrict__ source, int64_t begin, i
     for (int i = threadIdx.x; i < count; i += kThreads) {
       if constexpr (kNarrow<T>) {
         if (random.seed) {
-          const Philox drawn = words(begin + i);
-          target[i] = narrow<T>(static_cast<float>(lerp(target[i], source[i])), drawn.words[(begin + i) % 4]);
+          const uint32_t word = pick(words(begin + i), begin + i);
+          target[i] = narrow<T>(static_cast<float>(lerp(target[i], source[i])), word);
           continue;
         }
       }
