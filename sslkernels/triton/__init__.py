@@ -6,9 +6,14 @@ Nothing here is imported before an op's first call on a GPU, so `import sslkerne
 
 # op -> the module that has its launcher
 KERNELS = {
+    "average_layers": "regression",
     "distractor_counts": "contrastive",
     "l2_normalize": "contrastive",
     "l2_normalize_backward": "contrastive",
+    "masked_regression": "regression",
+    "masked_regression_rows": "regression",
+    "masked_regression_rows_backward": "regression",
+    "product_frobenius": "correlation",
     "sampled_logsumexp": "contrastive",
     "sampled_logsumexp_backward": "contrastive",
     "self_similarity_logsumexp": "contrastive",
@@ -19,4 +24,6 @@ KERNELS = {
     "similarity_softplus": "contrastive",
     "similarity_softplus_backward": "contrastive",
     "similarity_softplus_sum": "contrastive",
+    "two_view_correlation": "correlation",
+    "two_view_covariance": "correlation",
 }

@@ -25,6 +25,42 @@ def _tile(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
 
 _TWO = {"maxnreg": 128}  # registers a thread, so that two blocks of 8 warps share a multiprocessor
 
+# the correlation's: columns of both views, elements of an (N, D) matrix, pieces of a tile of K, sums of partial sums
+_COLUMNS = {"BLOCK_R": 128, "BLOCK_C": 32, "num_warps": 8}
+_ELEMENTS = {"BLOCK_R": 32, "BLOCK_C": 128, "num_warps": 4}
+_CLOSE = {"BLOCK_R": 16, "num_warps": 4}
+_TOTAL = {"BLOCK": 1024, "num_warps": 4}
+_REGRESSION = {
+    "regression_rows": {"ELEMENTS": 4096, "num_warps": 4},  # warps grow with a row
+    "regression_count": {"SPAN": 32768, "num_warps": 8},
+    "regression_mean": {"BLOCK": 1024, "num_warps": 4},
+    "regression_layers": {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4},
+}
+
+
+def _product(m: int, n: int, k: int, stages: int, warps: int = 8) -> dict[str, int]:
+    """Of two matrices: m rows, n columns, k multiplied at a time."""
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+def _correlation(gradient: dict, whole: dict, stages: int, features: dict | None = None) -> dict[str, Any]:
+    """16-bit products of K, of the gradient, of one whose tile has all rows, and of C; float32 ones without tf32."""
+    wide = _product(64, 64, 16, 3, 4)
+    return {
+        "correlation_columns": _COLUMNS,
+        "correlation_elements": _ELEMENTS,
+        "correlation_close": _CLOSE,
+        "correlation_total": _TOTAL,
+        "correlation_gram": {
+            2: {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages},
+            4: {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
+        },
+        "correlation_gradient": {2: gradient, 4: wide},
+        "correlation_gradient_whole": {2: whole, 4: wide},
+        "correlation_features": {2: features or gradient, 4: wide},
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
         "distractors": _DISTRACTORS,
@@ -38,6 +74,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "merge": _MERGE,
         "sampled": _SAMPLED,
         "weights": {2: _tile(128, 128, 32, 8, 4), 4: _tile(64, 64, 32, 4, 3)},
+        **_correlation(_product(128, 128, 32, 4), _product(256, 64, 32, 3), 3),
+        **_REGRESSION,
     },
     "sm_90": {
         "distractors": _DISTRACTORS,
@@ -51,6 +89,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "merge": _MERGE,
         "sampled": _SAMPLED,
         "weights": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 3)},
+        **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
+        **_REGRESSION,
     },
     "sm_100": {
         "distractors": _DISTRACTORS,
@@ -64,6 +104,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "merge": _MERGE,
         "sampled": _SAMPLED,
         "weights": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 3)},
+        **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
+        **_REGRESSION,
     },
     "gfx942": {
         "distractors": _DISTRACTORS,
@@ -77,6 +119,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "merge": _MERGE,
         "sampled": _SAMPLED,
         "weights": {2: _tile(128, 128, 64, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
+        **_correlation(_product(128, 128, 64, 2), _product(256, 64, 32, 2), 2),
+        **_REGRESSION,
     },
     "interpreter": {
         "distractors": {"BLOCK_C": 8, "BLOCK_L": 8},
@@ -90,5 +134,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "merge": {"BLOCK": 16, "SLOTS": 4, "BLOCK_D": 16},
         "sampled": {"ELEMENTS": 128},
         "weights": _tile(16, 16, 16, 4, 1),
+        "regression_rows": {"ELEMENTS": 32},
+        "regression_count": {"SPAN": 8},
+        "regression_mean": {"BLOCK": 8},
+        "regression_layers": {"BLOCK_R": 4, "BLOCK_C": 8},
+        "correlation_columns": {"BLOCK_R": 16, "BLOCK_C": 32},
+        "correlation_elements": {"BLOCK_R": 16, "BLOCK_C": 64},
+        "correlation_close": {"BLOCK_R": 16},
+        "correlation_total": {"BLOCK": 16},
+        "correlation_gram": {"BLOCK_M": 16, "BLOCK_K": 32},
+        "correlation_gradient": {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16},
+        "correlation_gradient_whole": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16},
+        "correlation_features": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32},
     },
 }
