@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -71,3 +71,27 @@ def compare() -> Callable[..., None]:
                 assert error <= (tolerance or TOLERANCE[dtype]), (name, i, error.item())
 
     return call
+
+
+@pytest.fixture
+def triton_serves() -> Iterator[Callable[[], set[str]]]:
+    """CPU tensors are served by the launchers in this test, float64 by the reference; called, it names what ran."""
+    library = torch.library.Library("sslkernels", "IMPL")
+    ran: set[str] = set()
+
+    def noted(name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            if any(x.dtype == torch.float64 for xs in arguments for x in (xs if isinstance(xs, list) else [xs])
+                   if isinstance(x, Tensor)):  # fmt: skip
+                return getattr(torch.ops.sslkernels, name).default.redispatch(REFERENCE, *arguments)
+            ran.add(name)
+            return launcher(name)(*arguments)
+
+        return run
+
+    for name in KERNELS:
+        library.impl(name, noted(name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield lambda: ran
+    library._destroy()
