@@ -61,6 +61,29 @@ def _correlation(gradient: dict, whole: dict, stages: int, features: dict | None
     }
 
 
+# distillation: rows of tens of thousands of logits
+_LOGITS: dict[str, Any] = {
+    "row_peak": {"BLOCK": 2048, "num_warps": 8},
+    "meet": {"BLOCK": 2048, "num_warps": 8},  # prototypes of one sample
+    "column_sums": {"BLOCK_R": 16, "BLOCK_C": 128, "num_warps": 4},
+    "sinkhorn": {"TILE": 8192, "BLOCK_C": 256, "num_warps": 8},  # elements; columns where rows are not whole
+    "sinkhorn_merge": {"BLOCK_P": 256, "BLOCK_C": 16, "num_warps": 4},
+}
+# ptxas takes registers for which it has little use: with a bound more programs run at once
+_MEET_NVIDIA = _LOGITS["meet"] | {"maxnreg": 80}
+_PROTOTYPES_NVIDIA: dict[str, Any] = {
+    # rows and prototypes of a tile of logits
+    "prototypes": {
+        2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    },
+    # the same for all teachers of some samples
+    "teachers": {
+        2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
+        4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    },
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
         "distractors": _DISTRACTORS,
@@ -76,6 +99,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "weights": {2: _tile(128, 128, 32, 8, 4), 4: _tile(64, 64, 32, 4, 3)},
         **_correlation(_product(128, 128, 32, 4), _product(256, 64, 32, 3), 3),
         **_REGRESSION,
+        **_LOGITS,
+        "meet": _MEET_NVIDIA,
+        **_PROTOTYPES_NVIDIA,
     },
     "sm_90": {
         "distractors": _DISTRACTORS,
@@ -91,6 +117,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "weights": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 3)},
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
         **_REGRESSION,
+        **_LOGITS,
+        "meet": _MEET_NVIDIA,
+        **_PROTOTYPES_NVIDIA,
     },
     "sm_100": {
         "distractors": _DISTRACTORS,
@@ -106,6 +135,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "weights": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 3)},
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
         **_REGRESSION,
+        **_LOGITS,
+        "meet": _MEET_NVIDIA,
+        **_PROTOTYPES_NVIDIA,
+        "prototypes": {
+            2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+            4: _PROTOTYPES_NVIDIA["prototypes"][4],
+        },
     },
     "gfx942": {
         "distractors": _DISTRACTORS,
@@ -121,6 +157,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "weights": {2: _tile(128, 128, 64, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
         **_correlation(_product(128, 128, 64, 2), _product(256, 64, 32, 2), 2),
         **_REGRESSION,
+        **_LOGITS,
+        "prototypes": {
+            2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+            4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
+        },
+        "teachers": {
+            2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+            4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
+        },
     },
     "interpreter": {
         "distractors": {"BLOCK_C": 8, "BLOCK_L": 8},
@@ -146,5 +191,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "correlation_gradient": {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16},
         "correlation_gradient_whole": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16},
         "correlation_features": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32},
+        "row_peak": {"BLOCK": 16},
+        "meet": {"BLOCK": 16},
+        "column_sums": {"BLOCK_R": 4, "BLOCK_C": 16},
+        "prototypes": {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_D": 16},
+        "teachers": {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_D": 16},
+        "sinkhorn": {"TILE": 64, "BLOCK_C": 16, "num_warps": 1},
+        "sinkhorn_merge": {"BLOCK_P": 4, "BLOCK_C": 16},
     },
 }

@@ -44,3 +44,13 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0, exact to a few roundings also where x is small."""
+    s = x / (x + 2)
+    q = s * s
+    series = q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15))))
+    series = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + series))))
+    return tl.where(x <= 1, series, tl.log(1 + x))
