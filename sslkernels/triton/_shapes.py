@@ -84,6 +84,27 @@ _PROTOTYPES_NVIDIA: dict[str, Any] = {
     },
 }
 
+_TOKENS = {  # passes over rows and panels
+    "tokens_select": {"BLOCK": 2048, "num_warps": 8},
+    "tokens_join": {"BLOCK_R": 8, "BLOCK_S": 64, "BLOCK_D": 128, "num_warps": 4},
+    "tokens_slopes": {"BLOCK_R": 32, "num_warps": 4},
+    "tokens_gather": {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4},
+    "tokens_bias": {"BLOCK_R": 16, "BLOCK_V": 128, "num_warps": 4},
+    "tokens_total": {"BLOCK": 4096, "num_warps": 8},
+    "skipgram": {"BLOCK_B": 16, "BLOCK_D": 64, "num_warps": 4},
+    "skipgram_sums": {"BLOCK_B": 16, "BLOCK_D": 128, "num_warps": 4},
+}
+_NEIGHBORS = {
+    "centre": {"BLOCK_D": 32, "num_warps": 4},
+    "neighbor_rows": {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4},
+}
+
+
+def _keys(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
+    """Of rows and keys, or classes: n rows, m keys, d features at a time."""
+    return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
         "distractors": _DISTRACTORS,
@@ -102,6 +123,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_LOGITS,
         "meet": _MEET_NVIDIA,
         **_PROTOTYPES_NVIDIA,
+        **_TOKENS,
+        **_NEIGHBORS,
+        "nearest": {2: _keys(128, 128, 32, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
+        "topk": {2: _keys(64, 128, 32, 8, 3), 4: _keys(64, 64, 16, 8, 2)},
+        "tokens_logits": {2: _keys(128, 128, 32, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
+        "tokens_product": {2: _product(128, 128, 32, 4), 4: _product(64, 64, 16, 2, 4)},
     },
     "sm_90": {
         "distractors": _DISTRACTORS,
@@ -120,6 +147,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_LOGITS,
         "meet": _MEET_NVIDIA,
         **_PROTOTYPES_NVIDIA,
+        **_TOKENS,
+        **_NEIGHBORS,
+        "nearest": {2: _keys(128, 128, 64, 8, 4), 4: _keys(64, 64, 16, 4, 2)},
+        "topk": {2: _keys(64, 128, 64, 8, 4), 4: _keys(64, 64, 16, 8, 2)},
+        "tokens_logits": {2: _keys(128, 256, 64, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
+        "tokens_product": {2: _product(128, 256, 64, 3), 4: _product(64, 64, 16, 3, 4)},
     },
     "sm_100": {
         "distractors": _DISTRACTORS,
@@ -142,6 +175,12 @@ SHAPES: dict[str, dict[str, Any]] = {
             2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
             4: _PROTOTYPES_NVIDIA["prototypes"][4],
         },
+        **_TOKENS,
+        **_NEIGHBORS,
+        "nearest": {2: _keys(128, 128, 64, 8, 4), 4: _keys(64, 64, 16, 4, 2)},
+        "topk": {2: _keys(64, 128, 64, 8, 4), 4: _keys(64, 64, 16, 8, 2)},
+        "tokens_logits": {2: _keys(128, 256, 64, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
+        "tokens_product": {2: _product(128, 256, 64, 3), 4: _product(64, 64, 16, 3, 4)},
     },
     "gfx942": {
         "distractors": _DISTRACTORS,
@@ -166,6 +205,12 @@ SHAPES: dict[str, dict[str, Any]] = {
             2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
             4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
         },
+        **_TOKENS,
+        **_NEIGHBORS,
+        "nearest": {2: _keys(128, 128, 32, 8, 2), 4: _keys(64, 64, 16, 4, 2)},
+        "topk": {2: _keys(64, 128, 32, 8, 2), 4: _keys(64, 64, 16, 8, 2)},
+        "tokens_logits": {2: _keys(128, 128, 32, 8, 2), 4: _keys(64, 64, 16, 4, 2)},
+        "tokens_product": {2: _product(128, 128, 32, 2), 4: _product(64, 64, 16, 2, 4)},
     },
     "interpreter": {
         "distractors": {"BLOCK_C": 8, "BLOCK_L": 8},
@@ -198,5 +243,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "teachers": {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_D": 16},
         "sinkhorn": {"TILE": 64, "BLOCK_C": 16, "num_warps": 1},
         "sinkhorn_merge": {"BLOCK_P": 4, "BLOCK_C": 16},
+        "centre": {"BLOCK_D": 16},
+        "neighbor_rows": {"BLOCK_R": 16, "BLOCK_D": 16},
+        "nearest": {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16},
+        "topk": {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16},
+        "tokens_select": {"BLOCK": 16},
+        "tokens_logits": {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16},
+        "tokens_join": {"BLOCK_R": 16, "BLOCK_S": 2, "BLOCK_D": 16},
+        "tokens_slopes": {"BLOCK_R": 32},
+        "tokens_gather": {"BLOCK_R": 16, "BLOCK_D": 16},
+        "tokens_product": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16},
+        "tokens_bias": {"BLOCK_R": 16, "BLOCK_V": 64},
+        "tokens_total": {"BLOCK": 16},
+        "skipgram": {"BLOCK_B": 16, "BLOCK_D": 16},
+        "skipgram_sums": {"BLOCK_B": 4, "BLOCK_D": 16},
     },
 }
