@@ -9,7 +9,7 @@ import torch
 
 from sslkernels.triton import contrastive
 
-TENSOR_CORES: set[str] = {"weights_kernel"}
+TENSOR_CORES = {"attention_kernel", "gradient_kernel", "lse_weights_kernel", "sweep_kernel", "weights_kernel"}
 # two blocks on a multiprocessor, so that one's arithmetic hides behind the other's products, leave 128 registers each
 SPILLS: dict[str, int] = {"weights_kernel": 32}
 
@@ -32,16 +32,32 @@ def _clip(n: int, d: int) -> Callable[[torch.dtype], None]:
     """Rows and columns, the diagonal left out, a learnable scale."""
 
     def launch(dtype: torch.dtype) -> None:
-        q, k, scale = _features(n, d, dtype), _features(n, d, dtype), torch.empty((), device="meta")
-        contrastive.similarity_logsumexp(q, k, scale, 1.0, *DIAGONAL, (1.0,), True, False, 0)
+        width = d if dtype != torch.float32 or d > 128 else 64  # what fits registers
+        q, k, scale = _features(n, width, dtype), _features(n, width, dtype), torch.empty((), device="meta")
+        options = q, k, scale, 1.0, *DIAGONAL, (1.0,)
+        row, col, positive, *_ = contrastive.similarity_logsumexp(*options, True, False, 0)
+        saved = row, col, row.new_empty(0), (True, True, True)
+        contrastive.similarity_logsumexp_backward(row, col, positive, *options, 0, *saved)
 
     return launch
 
 
-def _nt_xent(m: int, d: int) -> Callable[[torch.dtype], None]:
+def _nt_xent(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:  # as bfloat16
+        return
+    z = _features(16_384, 128, dtype)
+    options = z, None, 10.0, 0, 8_192, None, None, False, (1.0,)
+    lse, positive, *_ = contrastive.self_similarity_logsumexp(*options, False, 8_192)
+    contrastive.self_similarity_logsumexp_backward(lse, positive, *options, 8_192, lse, lse.new_empty(0), (True, False))
+
+
+def _queue(d: int) -> Callable[[torch.dtype], None]:
+    """MoCo's: few queries, many frozen keys."""
+
     def launch(dtype: torch.dtype) -> None:
-        z = _features(m, d, dtype)
-        contrastive.self_similarity_logsumexp(z, None, 10.0, 0, m // 2, None, None, False, (1.0,), False, m // 2)
+        width = d if dtype != torch.float32 or d > 128 else 64
+        q, k = _features(256, width, dtype), _features(65_536, width, dtype)
+        contrastive.similarity_row_attention(q, k, None, 10.0, *NOTHING)
 
     return launch
 
@@ -82,7 +98,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "l2_normalize": _normalize,
     "clip": _clip(32_768, 512),
     "clip_narrow": _clip(4_096, 128),
-    "nt_xent": _nt_xent(16_384, 128),
+    "nt_xent": _nt_xent,
+    "queue": _queue(128),
+    "queue_wide": _queue(1_024),
     "sampled_logsumexp": _sampled,
     "distractor_counts": _distractors,
     "similarity_softplus_sum": _siglip,

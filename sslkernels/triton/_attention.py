@@ -119,7 +119,7 @@ def similarity_row_attention(
         weights = Sweep(q, k, (scale_tensor, scale), (1.0,), unit, side, NO_SIDE, NO_PARTNER, rules)
         weights.multiply(context)
         return row[0], top, context
-    tile = tiles("attention", q, k)
+    tile = tiles("attention", q, k, fits=True)
     row_blocks = triton.cdiv(n, tile["BLOCK_N"])
     splits, chunk = split_rarely(q, row_blocks, triton.cdiv(m, tile["BLOCK_M"]))
     row, top = empty(n), empty(n)

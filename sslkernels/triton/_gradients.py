@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._lse import LEAST
 from sslkernels.triton._panel import add_product, panel_rows, panels, product
 from sslkernels.triton._scores import (
     Pairs,
@@ -70,26 +71,77 @@ def load_side(lse, grad, channel_stride, stride, x, count, betas, unit):
     references, weights = (), ()
     if lse is not None:
         for channel in tl.static_range(len(betas)):
-            value = tl.load(lse + channel * count + x, mask=x < count, other=0.0)
-            # an empty row has no pair, and its scores are -inf already
-            references += (tl.where(value == -float("inf"), 0.0, value * LOG2E),)
+            references += (load_reference(lse + channel * count, x, count),)
             weight = betas[channel] * unit
             if grad is not None:
                 at = x.to(tl.int64) * stride + channel * channel_stride
                 weight = weight * tl.load(grad + at, mask=x < count, other=0.0).to(tl.float32)
-            weights += (weight + tl.zeros_like(value),)
+            weights += (weight + tl.zeros(x.shape, tl.float32),)
     return references, weights
 
 
 @triton.jit
-def weights_of(s, betas, row_references, row_weights, column_references, column_weights):
-    """The tile of W of the tile of scores."""
-    w = tl.zeros_like(s)
+def channels_of(lse, count, betas):
+    pointers = ()
     for channel in tl.static_range(len(betas)):
-        scaled = s * tl.maximum(betas[channel], 1e-30)
-        if len(row_weights) > 0:
+        pointers += (lse + channel * count,)
+    return pointers
+
+
+@triton.jit
+def load_reference(lse, x, count):
+    """2^(s - inf) is 0: what an empty row is to give."""
+    value = tl.load(lse + x, mask=x < count, other=-float("inf"))
+    return tl.where(value == -float("inf"), float("inf"), value * LOG2E)
+
+
+@triton.jit
+def bounds(reference, low, high):
+    """The range of log-sum-exps, extended by those of a block; an infinity extends nothing."""
+    inside = tl.abs(reference) < float("inf")
+    low = tl.minimum(low, tl.min(tl.where(inside, reference, float("inf")), 0))
+    return low, tl.maximum(high, tl.max(tl.where(inside, reference, -float("inf")), 0))
+
+
+@triton.jit
+def middles(row_references, lse, begin, end, betas):
+    """Of the range of the log-sum-exps of each beta its middle, and whether one exp2 an element can serve both sides.
+
+    Rows' are given, columns' are read from begin to end: 4 bytes a column, once a program.
+    """
+    shared = True
+    middle = ()
+    for channel in tl.static_range(len(betas)):
+        low, high = bounds(row_references[channel], float("inf"), -float("inf"))
+        for start in range(begin, end, 512):
+            x = start + tl.arange(0, 512)
+            low, high = bounds(load_reference(lse[channel], x, end), low, high)
+        shared = shared & (high - low < 60.0)
+        middle += (tl.where(high < low, 0.0, (low + high) * 0.5),)
+    return shared, middle
+
+
+@triton.jit
+def weights_of(s, betas, row_references, row_weights, column_references, column_weights, shared, middle):
+    """The tile of W of a tile of scores. Shared: 2^(s - middle), far from no log-sum-exp, serves both sides."""
+    w = tl.zeros_like(s)
+    if len(row_references) == 0 or len(column_references) == 0:
+        for channel in tl.static_range(len(betas)):
+            scaled = s * tl.maximum(betas[channel], LEAST)
+            if len(row_references) > 0:
+                w += row_weights[channel][:, None] * tl.exp2(scaled - row_references[channel][:, None])
+            if len(column_references) > 0:
+                w += column_weights[channel][None, :] * tl.exp2(scaled - column_references[channel][None, :])
+    elif shared:
+        for channel in tl.static_range(len(betas)):
+            by_row = row_weights[channel] * tl.exp2(middle[channel] - row_references[channel])
+            by_column = column_weights[channel] * tl.exp2(middle[channel] - column_references[channel])
+            scaled = s * tl.maximum(betas[channel], LEAST)
+            w += tl.exp2(scaled - middle[channel]) * (by_row[:, None] + by_column[None, :])
+    else:
+        for channel in tl.static_range(len(betas)):
+            scaled = s * tl.maximum(betas[channel], LEAST)
             w += row_weights[channel][:, None] * tl.exp2(scaled - row_references[channel][:, None])
-        if len(column_weights) > 0:
             w += column_weights[channel][None, :] * tl.exp2(scaled - column_references[channel][None, :])
     return w
 
@@ -137,6 +189,11 @@ def gradient_kernel(
     unit = scalar(unit_tensor, unit)
     a = load_rows(q, rows, n, 0, depth, q_row, q_column, BLOCK_D, EVEN)
     row_references, row_weights = load_side(row_lse, row_grad, row_channel, row_stride, rows, n, betas, unit)
+    shared, middle = False, ()
+    if row_lse is not None and col_lse is not None:
+        shared, middle = middles(
+            row_references, channels_of(col_lse, m, betas), begin * BLOCK_M, tl.minimum(end * BLOCK_M, m), betas
+        )
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for j in range(begin, end):
         columns = j * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -147,7 +204,7 @@ def gradient_kernel(
             diagonal, period, query_groups, key_groups, query_mask, key_mask, DIFFER,
         )  # fmt: skip
         references, weights = load_side(col_lse, col_grad, col_channel, col_stride, columns, m, betas, unit)
-        w = weights_of(s, betas, row_references, row_weights, references, weights)
+        w = weights_of(s, betas, row_references, row_weights, references, weights, shared, middle)
         if a.dtype == b.dtype:
             w = w.to(b.dtype)
         total = dot(w, b, total, PRECISION)
@@ -166,7 +223,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def weights_kernel(
+def lse_weights_kernel(
     q, k, scale_tensor, scale, betas, unit_tensor, unit,
     row_lse, row_grad, row_channel, row_stride, col_lse, col_grad, col_channel, col_stride, panel,
     first, last, n, m, depth, q_row, q_column, k_row, k_column,
@@ -191,7 +248,11 @@ def weights_kernel(
     unit = scalar(unit_tensor, unit)
     row_references, row_weights = load_side(row_lse, row_grad, row_channel, row_stride, rows, n, betas, unit)
     references, weights = load_side(col_lse, col_grad, col_channel, col_stride, columns, m, betas, unit)
-    w = weights_of(s, betas, row_references, row_weights, references, weights)
+    shared, middle = False, ()
+    if row_lse is not None and col_lse is not None:
+        lse = channels_of(col_lse, m, betas)
+        shared, middle = middles(row_references, lse, j * BLOCK_M, tl.minimum((j + 1) * BLOCK_M, m), betas)
+    w = weights_of(s, betas, row_references, row_weights, references, weights, shared, middle)
     at = inside[:, None].to(tl.int64) * m + columns[None, :]
     tl.store(panel + at, w.to(panel.dtype.element_ty), mask=(rows < last)[:, None] & (columns < m)[None, :])
 
@@ -307,7 +368,7 @@ class Sweep(NamedTuple):
         if self.rows.lse is None and self.columns.lse is None:  # W is zero
             self.complete(None, 0, out, slice(0, n), along)
             return out
-        tile = tiles("gradient", self.q, self.k)
+        tile = tiles("gradient", self.q, self.k, fits=True)
         row_blocks = triton.cdiv(n, tile["BLOCK_N"])
         splits, chunk = split_rarely(self.q, row_blocks, triton.cdiv(m, tile["BLOCK_M"]))
         part = _float32(self.q, splits, n, depth) if splits > 1 else None
@@ -327,13 +388,13 @@ class Sweep(NamedTuple):
     def weights(self, panel: Tensor, rows: slice, tile: dict) -> None:
         blocks = triton.cdiv(rows.stop - rows.start, tile["BLOCK_N"]) * triton.cdiv(self.k.shape[0], tile["BLOCK_M"])
         launch(
-            weights_kernel, (blocks,), self.q, self.k, *self.scale, self.betas, *self.unit, *self.rows.arguments(),
+            lse_weights_kernel, (blocks,), self.q, self.k, *self.scale, self.betas, *self.unit, *self.rows.arguments(),
             *self.columns.arguments(), panel, rows.start, rows.stop, *self.sizes(), *self.rules, **tile,
         )  # fmt: skip
 
     def in_panels(self, want_q: bool, want_k: bool, along: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         (n, depth), m, dtype = self.q.shape, self.k.shape[0], narrow(self.q, self.k)
-        q, k, tile = self.q, self.k, tiles("scores", self.q, self.k)
+        q, k, tile = self.q, self.k, tiles("panel", self.q, self.k, fits=False)
         height = panel_rows(n, m, dtype.itemsize)
         panel = torch.empty(height, m, dtype=dtype, device=q.device)
         dq = torch.empty((n, depth), dtype=q.dtype, device=q.device) if want_q else None
@@ -359,7 +420,7 @@ class Sweep(NamedTuple):
         """out = W k, float32, with weights that need no tensor to be brought to their unit."""
         (n, _), m, dtype = self.q.shape, self.k.shape[0], narrow(self.q, self.k)
         panel = torch.empty(panel_rows(n, m, dtype.itemsize), m, dtype=dtype, device=out.device)
-        tile = tiles("scores", self.q, self.k)
+        tile = tiles("panel", self.q, self.k, fits=False)
         for rows in panels(n, m, dtype):
             w = panel[: rows.stop - rows.start]
             self.weights(w, rows, tile)

@@ -61,12 +61,12 @@ def whole(kind: str, q: Tensor, k: Tensor) -> bool:
     return q.shape[1] <= shape(f"{kind}_whole", q, k)["BLOCK_D"]
 
 
-def tiles(kind: str, q: Tensor, k: Tensor) -> dict[str, Any]:
+def tiles(kind: str, q: Tensor, k: Tensor, *, fits: bool | None = None) -> dict[str, Any]:
     """The launch shape of a sweep over tiles of scores, from the rows `kind` and `kind`_whole of the table.
 
-    WHOLE: the features fit BLOCK_D. EVEN: they fill what is read of them.
+    WHOLE: the features fit BLOCK_D (`fits`, if that is known). EVEN: they fill what is read of them.
     """
-    fits, depth = whole(kind, q, k), q.shape[1]
+    fits, depth = whole(kind, q, k) if fits is None else fits, q.shape[1]
     found = shape(f"{kind}_whole" if fits else kind, q, k)
     block = max(triton.next_power_of_2(depth), 16) if fits else found["BLOCK_D"]
     even = depth > 0 and depth % block == 0
