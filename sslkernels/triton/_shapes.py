@@ -247,7 +247,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "teachers": {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_D": 16},
         "sinkhorn": {"TILE": 64, "BLOCK_C": 16, "num_warps": 1},
         "sinkhorn_merge": {"BLOCK_P": 4, "BLOCK_C": 16},
-        "centre": {"BLOCK_D": 16},
+        "centre": {"BLOCK_D": 32},
         "neighbor_rows": {"BLOCK_R": 16, "BLOCK_D": 16},
         "nearest": {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16},
         "topk": {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16},
