@@ -12,19 +12,18 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels.ops._registry import define, once_differentiable
 
-WIDE = (torch.float32, torch.float64)
-
 
 def _reference(grad: Tensor, emitted: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     return [
-        (grad * e).to(x.dtype).reshape(x.shape) if e.dtype in WIDE else _scale_narrow(grad, e, x)
-        for e, x in zip(emitted, inputs)
+        (grad * e).to(x.dtype).reshape(x.shape) if x.ndim == 0 else _scale(grad, e, x) for e, x in zip(emitted, inputs)
     ]
 
 
-def _scale_narrow(grad: Tensor, emitted: Tensor, x: Tensor) -> Tensor:
-    # grad with one dimension makes the arithmetic float32; a number without dimensions would be rounded to 16 bits
-    return torch.mul(emitted, grad.reshape(1), out=torch.empty_like(x, memory_format=torch.contiguous_format))
+def _scale(grad: Tensor, emitted: Tensor, x: Tensor) -> Tensor:
+    # in one pass, which rounds what it writes; grad with one dimension makes the arithmetic float32 at least, where a
+    # number without dimensions would be rounded to 16 bits
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.mul(emitted.reshape(x.shape), grad.reshape(1), out=out)
 
 
 # upstream scalar times what the forward emitted, in the dtype of the inputs

@@ -138,18 +138,39 @@ def halves(x):
 
 @triton.jit
 def gram_gradient_kernel(
-    r, kappa, z, other, own, inverse, x, y, out, sums,
+    r, kappa, z, other, own, inverse, x, y, out, second, sums,
     rows, columns, ld, z_row, z_column, other_row, other_column, x_row, x_column, y_row, y_column,
-    scale, factor, difference,
-    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    first, z_view, own_view, scale, factor, difference,
+    CROSS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """g_ij = scale (r z)_ij + factor kappa_i z_ij + own_j other_ij + difference (x_ij - y_ij), into `out`.
+    """g_ij = scale (r z)_ij + factor kappa_i z_ij + own_j other_ij + difference (x_ij - y_ij), into `out` or `second`.
 
-    With `inverse`, the gradient before standardising: at once where one tile has all rows (WHOLE), else out = g without
-    its second term, and the column sums that `finish_kernel` needs. A quarter of the columns after the other: so
-    what these need beside the products fits 128 registers a thread, and one tile's end runs beside another's products.
+    Grid (tiles, views from `first` on); r, kappa and other are those of the other view (CROSS) or of the same, and the
+    second view has the negative difference. With `inverse`, the gradient before standardising: at once where one tile
+    has all rows (WHOLE), else g without its second term, and the column sums that `finish_kernel` needs. A quarter of
+    the columns after the other: so what these need beside the products fits 128 registers a thread, and one tile's end
+    runs beside another's products.
     """
-    row, column = grouped(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), 8)
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    row, column = grouped(tl.program_id(0), row_blocks, tl.cdiv(columns, BLOCK_N), 8)
+    view = first + tl.program_id(1).to(tl.int64)
+    partner = view
+    if CROSS:
+        partner = 1 - view
+    r += partner * rows * ld
+    kappa += partner * rows
+    z += view * z_view
+    other += partner * z_view
+    if own is not None:
+        own += view * own_view
+    if inverse is not None:
+        inverse += view * columns
+    if sums is not None:
+        sums += view * row_blocks * 2 * columns
+    if view == 1:
+        out = second
+        difference = -difference
     i = row * BLOCK_M + tl.arange(0, BLOCK_M)
     j = column * BLOCK_N + tl.arange(0, BLOCK_N)
     left = tl.minimum(i, rows - 1).to(tl.int64) * ld

@@ -52,7 +52,8 @@ def product_frobenius(a, b, off_diagonal, output_mask):
     grams = _grams(views, b is not None, dtype if any(output_mask) else None, 1.0)
     for v, (x, partner, out) in enumerate(((a, other, da), (other, a, db))):
         if output_mask[v]:
-            _gram_gradient(grams, len(views) - 1 - v, x, partner, own, out, factor)
+            of = len(views) - 1 - v
+            _launch_gradient(grams.r[of], grams.kappa[of], x, partner, own, (out, out), factor, factor)
     _total(value, sums, grams.norms, 1.0)
     return value, da, db
 
@@ -72,10 +73,8 @@ def two_view_correlation(x, y, lambda_param, eps, output_mask):
         unit = 2.0 ** -(d - 1).bit_length() if dtype == torch.float16 else 1.0
         grams = _grams([z], True, dtype if any(output_mask) else None, unit)
         norms = grams.norms
-        for v, out in enumerate(outs):
-            if output_mask[v]:
-                room = z.new_empty(n, d, dtype=x.dtype) if x.dtype == y.dtype == torch.bfloat16 else out
-                _gram_gradient(grams, 1 - v, z[v], z[1 - v], own, out, factor, inverse=inverse[v], room=room)
+        rooms = outs if x.dtype != torch.bfloat16 or y.dtype != x.dtype else z.new_empty(2, n, d, dtype=x.dtype)
+        _gram_gradients(grams, z, own, outs, output_mask, factor, inverse=inverse, rooms=rooms)
     else:
         wanted = [out if w else None for w, out in zip(output_mask, outs)]
         norms = feature_products(z[0], z[1], wanted, dtype, 1 / n, True)
@@ -97,20 +96,20 @@ def two_view_covariance(x, y, weights, gamma, eps, output_mask):
     sizes = n, d, *x.stride(), *y.stride(), *numbers
     launch(covariance_columns_kernel, grid, x, y, z[0], z[1], own, sums, *sizes, SUBTRACT=gram, **tile)
     value, outs = _outputs(x, output_mask)
-    norms = []
     if gram:
         grams = _grams([z], False, dtype if any(output_mask) else None, 1.0)
-        norms.append(grams.norms)
-    for v, out in enumerate(outs):
-        apart = x, y, difference if v == 0 else -difference
-        if gram and output_mask[v]:
-            _gram_gradient(grams, v, z[v], z[v], own[v], out, factor, apart=apart)
-        elif not gram:
+        norms = grams.norms
+        _gram_gradients(grams, z, own, outs, output_mask, factor, apart=(x, y, difference))
+    else:
+        parts = []
+        for v, out in enumerate(outs):
             wanted = out if output_mask[v] else None, None
-            norms.append(feature_products(z[v], z[v], wanted, dtype, 1 / (n - 1), True))
+            parts.append(feature_products(z[v], z[v], wanted, dtype, 1 / (n - 1), True))
             if output_mask[v]:
+                apart = x, y, difference if v == 0 else -difference
                 _blend(out, z[v], z[v], own[v], factor * (n - 1), apart=apart)
-    _total(value, sums, norms[0] if gram else torch.cat(norms), covariance / (d * (n - 1) ** 2))
+        norms = torch.cat(parts)
+    _total(value, sums, norms, covariance / (d * (n - 1) ** 2))
     return value, *outs
 
 
@@ -188,30 +187,45 @@ def _grams(views: list[Tensor], cross: bool, dtype: torch.dtype | None, unit: fl
     return _Grams(r, kappa, norms, unit)
 
 
-def _gram_gradient(grams, which, z, other, own, out, factor, *, inverse=None, room=None, apart=ALIKE):
-    """out = the gradient of z (N, D), from the matrix of view `which`; `room` is for one that is not standardised."""
-    n, d = z.shape
-    r, kappa = grams.r[which], grams.kappa[which]
-    tile = shape("correlation_gradient", r, z)
-    whole = False
-    if inverse is not None:
-        all_rows = shape("correlation_gradient_whole", r, z)
+def _gram_gradients(grams, z, own, outs, output_mask, factor, *, inverse=None, rooms=None, apart=ALIKE):
+    """The gradients of the treated views z (2, N, D), with `inverse` of the views before standardising, by way of
+    `rooms`; without it K is that of the view itself."""
+    if not any(output_mask):
+        return
+    _, n, d = z.shape
+    first, cross = int(not output_mask[0]), inverse is not None
+    tile = shape("correlation_gradient", z)
+    whole, sums = False, None
+    if cross:
+        all_rows = shape("correlation_gradient_whole", z)
         whole = n <= all_rows["BLOCK_M"]
         tile = all_rows if whole else tile
-    blocks = triton.cdiv(n, tile["BLOCK_M"])
-    sums = None if inverse is None or whole else z.new_empty(blocks, 2, d, dtype=torch.float32)
-    x, y, difference = apart
-    strides = _strides(x, y)
-    g = out if sums is None else room
-    sizes = n, d, r.stride(0), *z.stride(), *other.stride(), *strides
-    numbers = factor / grams.unit, factor, difference
-    launch(
-        gram_gradient_kernel, (blocks * triton.cdiv(d, tile["BLOCK_N"]),),
-        r, kappa, z, other, own, inverse, x, y, g, sums, *sizes, *numbers,
-        WHOLE=whole, PRECISION=precision(), **tile,
+        if not whole:
+            sums = z.new_empty(2, triton.cdiv(n, tile["BLOCK_M"]), 2, d, dtype=torch.float32)
+    places = outs if sums is None else rooms
+    _launch_gradient(
+        grams.r, grams.kappa, z[0], z[0], own, places, factor / grams.unit, factor, inverse=inverse, sums=sums,
+        apart=apart, first=first, views=sum(output_mask), z_view=z.stride(0), own_view=d if own.ndim == 2 else 0,
+        cross=cross, whole=whole, tile=tile,
     )  # fmt: skip
-    if sums is not None:
-        _finish(g, z, kappa, sums, inverse, out, factor)
+    for v, out in enumerate(outs):
+        if sums is not None and output_mask[v]:
+            _finish(places[v], z[v], grams.kappa[1 - v], sums[v], inverse[v], out, factor)
+
+
+def _launch_gradient(
+    r, kappa, z, other, own, outs, scale, factor, *, inverse=None, sums=None, apart=ALIKE,
+    first=0, views=1, z_view=0, own_view=0, cross=False, whole=False, tile=None,
+):  # fmt: skip
+    tile = tile or shape("correlation_gradient", r, z)
+    (n, d), (x, y, difference) = z.shape, apart
+    programs = triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"])
+    sizes = n, d, r.stride(-2), *z.stride(), *other.stride(), *_strides(x, y), first, z_view, own_view
+    launch(
+        gram_gradient_kernel, (programs, views),
+        r, kappa, z, other, own, inverse, x, y, *outs, sums, *sizes, scale, factor, difference,
+        CROSS=cross, WHOLE=whole, PRECISION=precision(), **tile,
+    )  # fmt: skip
 
 
 def _blend(g, z, other, own, factor, *, inverse=None, apart=ALIKE):
