@@ -60,7 +60,7 @@ def logit_peak_kernel(
     place = tl.zeros((BLOCK_N,), tl.int32)
     end = tl.minimum(columns, (part + 1) * columns_a_part)
     for start in range(part * columns_a_part, end, BLOCK_M):
-        v = start + tl.arange(0, BLOCK_M)
+        v = (start + tl.arange(0, BLOCK_M)).to(tl.int32)
         y = products(
             hidden, weight, rows, v, n, columns, depth, h_row, h_column, w_row, w_column,
             BLOCK_N, BLOCK_M, BLOCK_D, EVEN, PRECISION,

@@ -52,7 +52,7 @@ def peak(x, center, columns, column_stride, center_stride, factor, BLOCK: tl.con
         d = y - top
         e = tl.exp2(-tl.abs(d) * factor)
         rest = tl.where(d > 0, (rest + 1) * e, rest + e)
-        at = tl.where(d > 0, v, at)
+        at = tl.where(d > 0, v.to(tl.int32), at)
         top = tl.where(d > 0, y, top)
     highest = tl.max(top, 0)
     place = tl.min(tl.where(top == highest, at, 2147483647), 0)
