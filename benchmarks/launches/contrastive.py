@@ -9,9 +9,9 @@ import torch
 
 from sslkernels.triton import contrastive
 
-TENSOR_CORES = {"attention_kernel", "gradient_kernel", "lse_weights_kernel", "sweep_kernel", "weights_kernel"}
+TENSOR_CORES = {"attention_kernel", "gradient_kernel", "lse_weights_kernel", "softplus_kernel", "sweep_kernel"}
 # two blocks on a multiprocessor, so that one's arithmetic hides behind the other's products, leave 128 registers each
-SPILLS: dict[str, int] = {"weights_kernel": 32}
+SPILLS: dict[str, int] = {"softplus_kernel": 32}
 
 
 def _normalize(dtype: torch.dtype) -> None:
@@ -68,6 +68,8 @@ def _number() -> torch.Tensor:
 
 def _sampled(dtype: torch.dtype) -> None:
     """wav2vec 2.0's distractors, or a query's own negatives."""
+    if dtype == torch.float16:  # compiles to what bfloat16 does
+        return
     q, k = (torch.empty(n, 256, dtype=dtype, device="meta") for n in (8192, 16384))
     indices = torch.empty(8192, 100, dtype=torch.int64, device="meta")
     lse = contrastive.sampled_logsumexp(q, k, indices, None, _number(), 1.0)
@@ -94,6 +96,25 @@ def _softplus_rows(dtype: torch.dtype) -> None:
     contrastive.similarity_softplus_backward(grad, q, k, *numbers, [True] * 4)
 
 
+def _cross_entropy(n: int, d: int) -> Callable[[torch.dtype], None]:
+    """Keys with a gradient, and without."""
+
+    def launch(dtype: torch.dtype) -> None:
+        if dtype == torch.float16:  # compiles to what bfloat16 does
+            return
+        q, k, positive = _features(n, d, dtype), _features(n, d, dtype), torch.empty(n, device="meta")
+        losses = positive, None, 1 / n, _number(), 1.0, *DIAGONAL, False
+        contrastive.similarity_cross_entropy(q, k, *losses, [True] * 4)
+        contrastive.similarity_cross_entropy(q, k, *losses, [True, False, True, True])
+
+    return launch
+
+
+def _two_view(dtype: torch.dtype) -> None:
+    out = _features(1024, 256, dtype)  # the widest rows that one program keeps
+    contrastive.two_view_cross_entropy(out, out, None, 0.5 / 1024, _number(), 1.0, False, [True] * 3)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "l2_normalize": _normalize,
     "clip": _clip(32_768, 512),
@@ -105,4 +126,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "distractor_counts": _distractors,
     "similarity_softplus_sum": _siglip,
     "similarity_softplus": _softplus_rows,
+    "similarity_cross_entropy": _cross_entropy(4_096, 128),
+    "two_view_cross_entropy": _two_view,
 }

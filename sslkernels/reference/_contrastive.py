@@ -146,7 +146,7 @@ def two_view_forward(out0, out1, weight, uniform_weight, scale_tensor, scale, de
     wide, wanted = z.to(lse.dtype), (mask[0] or mask[1], mask[2])
     saved = ((1.0,), n, lse[None], none, wanted)
     dz, dscale = self_lse_backward(slope[None], -slope, wide, scale_tensor, scale, *pairs, *saved)
-    dx = normalize_backward(dz, wide, norm, eps).view(2, n, -1) if wanted[0] else (none, none)
+    dx = normalize_backward(dz, wide, norm, eps).view(2, *out0.shape) if wanted[0] else (none, none)
     return loss, lse, positive, top, *(d.clone() if m else none for d, m in zip(dx, mask)), dscale
 
 

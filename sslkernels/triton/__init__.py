@@ -23,6 +23,7 @@ KERNELS = {
     "sampled_logsumexp_backward": "contrastive",
     "self_similarity_logsumexp": "contrastive",
     "self_similarity_logsumexp_backward": "contrastive",
+    "similarity_cross_entropy": "contrastive",
     "similarity_logsumexp": "contrastive",
     "similarity_logsumexp_backward": "contrastive",
     "similarity_row_attention": "contrastive",
@@ -42,4 +43,5 @@ KERNELS = {
     "topk_similarity": "neighbors",
     "two_view_correlation": "correlation",
     "two_view_covariance": "correlation",
+    "two_view_cross_entropy": "contrastive",
 }

@@ -341,11 +341,15 @@ class Sweep(NamedTuple):
     columns: Side
     partner: Partner
     rules: Pairs
+    wide: bool = False  # float32 gradients, for a loss that emits them before it knows what they are multiplied by
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        return torch.float32 if self.wide else x.dtype
 
     def transposed(self) -> Sweep:
         partner = self.partner._replace(KIND={0: 0, 1: 2, 2: 1, 3: 3}[self.partner.KIND])
         sides = self.columns, self.rows, partner, self.rules.transposed()
-        return Sweep(self.k, self.q, self.scale, self.betas, self.unit, *sides)
+        return Sweep(self.k, self.q, self.scale, self.betas, self.unit, *sides, self.wide)
 
     def complete(self, part, splits: int, out, rows: slice, along: list[Tensor] | None) -> None:
         """The rows' gradient from their sums; what they give to the scale's is appended to `along`."""
@@ -364,7 +368,7 @@ class Sweep(NamedTuple):
 
     def in_registers(self, wanted: bool, along: list[Tensor] | None) -> Tensor | None:
         (n, depth), m = self.q.shape, self.k.shape[0]
-        out = torch.empty((n, depth), dtype=self.q.dtype, device=self.q.device) if wanted else None
+        out = torch.empty((n, depth), dtype=self.dtype(self.q), device=self.q.device) if wanted else None
         if self.rows.lse is None and self.columns.lse is None:  # W is zero
             self.complete(None, 0, out, slice(0, n), along)
             return out
@@ -397,7 +401,7 @@ class Sweep(NamedTuple):
         q, k, tile = self.q, self.k, tiles("panel", self.q, self.k, fits=False)
         height = panel_rows(n, m, dtype.itemsize)
         panel = torch.empty(height, m, dtype=dtype, device=q.device)
-        dq = torch.empty((n, depth), dtype=q.dtype, device=q.device) if want_q else None
+        dq = torch.empty((n, depth), dtype=self.dtype(q), device=q.device) if want_q else None
         by_rows = want_q or not want_k
         sums = _float32(q, height, depth) if by_rows else None
         total = _float32(q, m, depth) if want_k else None
@@ -412,7 +416,7 @@ class Sweep(NamedTuple):
                 add_product(total, w.T, q[rows], first=rows.start == 0)
         if total is None:
             return dq, None
-        dk = torch.empty((m, depth), dtype=k.dtype, device=k.device)
+        dk = torch.empty((m, depth), dtype=self.dtype(k), device=k.device)
         self.transposed().complete(total, 1, dk, slice(0, m), None if by_rows else along)
         return dq, dk
 
@@ -438,7 +442,9 @@ def gradients(sweep: Sweep, want_q: bool, want_k: bool, want_scale: bool, share:
     q, k = sweep.q, sweep.k
     along: list[Tensor] = []
     if q.shape[0] == 0 or k.shape[0] == 0:
-        dq, dk = q.new_zeros(q.shape) if want_q else None, k.new_zeros(k.shape) if want_k else None
+        dq, dk = (
+            x.new_zeros(x.shape, dtype=sweep.dtype(x)) if wanted else None for x, wanted in ((q, want_q), (k, want_k))
+        )
     elif whole("gradient", q, k) or (sweep.rows.lse is None and sweep.columns.lse is None):
         by_rows = want_q or not want_k
         dq = sweep.in_registers(want_q, along if want_scale else None) if by_rows else None

@@ -15,6 +15,11 @@ _ROW = {"BLOCK": 1024, "num_warps": 4}  # a program a row, in pieces
 _COMPLETE = {"BLOCK": 32, "BLOCK_D": 64, "num_warps": 4}
 _LARGEST = {"BLOCK": 4096, "num_warps": 8}  # one program
 _SAMPLED = {"ELEMENTS": 4096, "num_warps": 4}  # of the tile of gathered keys
+_TWO_VIEW = {
+    2: {"BLOCK_N": 16, "BLOCK_M": 64, "DEPTH": 256, "num_warps": 4, "num_stages": 2},
+    4: {"BLOCK_N": 16, "BLOCK_M": 32, "DEPTH": 256, "num_warps": 8, "num_stages": 2},
+}
+_EIGHTHS = {"HALVINGS": 3}  # of a tile, before arithmetic that takes several registers an element
 _MERGE = {"BLOCK": 64, "SLOTS": 32, "BLOCK_D": 32, "num_warps": 4}
 
 
@@ -117,7 +122,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
-        "weights": {2: _tile(128, 128, 32, 8, 4), 4: _tile(64, 64, 32, 4, 3)},
+        "softplus": {2: _tile(128, 128, 32, 8, 4) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
+        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 32, 4), _product(256, 64, 32, 3), 3),
         **_REGRESSION,
         **_LOGITS,
@@ -142,7 +148,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
-        "weights": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 3)},
+        "softplus": {2: _tile(128, 128, 64, 8, 3) | _EIGHTHS | _TWO, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
+        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
         **_REGRESSION,
         **_LOGITS,
@@ -167,7 +174,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
-        "weights": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 3)},
+        "softplus": {2: _tile(128, 128, 64, 8, 3) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
+        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
         **_REGRESSION,
         **_LOGITS,
@@ -196,7 +204,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
-        "weights": {2: _tile(128, 128, 64, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
+        "softplus": {2: _tile(128, 128, 64, 8, 2) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 2) | _EIGHTHS},
+        "two_view": _TWO_VIEW | {4: _TWO_VIEW[4] | {"DEPTH": 128}},
         **_correlation(_product(128, 128, 64, 2), _product(256, 64, 32, 2), 2),
         **_REGRESSION,
         **_LOGITS,
@@ -227,7 +236,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "largest": {"BLOCK": 16},
         "merge": {"BLOCK": 16, "SLOTS": 4, "BLOCK_D": 16},
         "sampled": {"ELEMENTS": 128},
-        "weights": _tile(16, 16, 16, 4, 1),
+        "softplus": _tile(16, 16, 16, 4, 1) | {"HALVINGS": 1},
+        "two_view": {"BLOCK_N": 16, "BLOCK_M": 16, "DEPTH": 32},
         "regression_rows": {"ELEMENTS": 32},
         "regression_count": {"SPAN": 8},
         "regression_mean": {"BLOCK": 8},
