@@ -135,7 +135,7 @@ def probabilities_kernel(
 def slopes_kernel(
     hidden, weight, p, row_weight, numbers, slopes, partial,
     s_top, s_excess, s_at, t_excess, t_at, norm, scale, factor, steepness,
-    n, batch, teachers, excluded, begin, columns, depth, width, tiles, tile,
+    n, batch, teachers, excluded, begin, columns, depth, width,
     h_row, h_column, w_row, w_column, weight_stride, slope_row,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -195,9 +195,9 @@ def slopes_kernel(
         place = slopes + rows[:, None] * slope_row + column[None, :]
         tl.store(place, slope.to(slopes.dtype.element_ty), mask=(rows < n)[:, None] & seen)
     value = tl.sum(tl.where(seen, target * -d, 0.0), 1) * steepness
-    here = tile + tl.program_id(0) // blocks
-    value += tl.where(here == 0, number * log1p(excess), 0.0)
-    tl.store(partial + rows.to(tl.int64) * tiles + here, tl.where(live != 0, value, 0.0) * (w * norm), mask=rows < n)
+    value += tl.where(tl.max(v, 0) < BLOCK_M, number * log1p(excess), 0.0)  # once a row: in the first tile
+    here = partial + (tl.program_id(0) // blocks).to(tl.int64) * n + rows
+    tl.store(here, tl.where(live != 0, value, 0.0) * (w * norm), mask=rows < n)
 
 
 @triton.jit
@@ -277,19 +277,20 @@ def linear_soft_cross_entropy(
     s_options = _products_options("prototypes", h, weight)
     t_options = _products_options("teachers", g, teacher_weight)
     block = s_options["BLOCK_M"]
-    tiles = -(-columns // block)
     bytes_of_prototype = n * dtype.itemsize * gradients + (teachers + 1) * batch * 4
     limit = min(max(panel_bytes, SMALLEST, columns * bytes_of_prototype // 8), PANEL_BYTES)
     cuts = list(panels(columns, bytes_of_prototype, torch.uint8, limit, block))
     most = cuts[0].stop
     memory = h.new_empty(n * most if gradients else 0, dtype=dtype)
     probabilities = h.new_empty((teachers + 1) * batch * most, dtype=torch.float32)
-    partial = h.new_empty(n, tiles, dtype=torch.float32)
+    partial = h.new_empty(most // block + 1, n, dtype=torch.float32)
+    losses = h.new_empty(len(cuts), dtype=torch.float32)
     s_blocks, t_blocks = -(-n // s_options["BLOCK_N"]), -(-batch // t_options["BLOCK_N"])
     ends = *teacher_weight.stride(), *center_strides(center)
     several = center is not None and center.shape[0] > 1
-    for cut in cuts:
+    for cut, loss in zip(cuts, losses.unbind()):
         begin, width = cut.start, cut.stop - cut.start
+        tiles = -(-width // block)
         operands = g, teacher_weight, center, t_peaks.top, t_peaks.excess, probabilities, LOG2E / teacher_temp
         sizes = batch, teachers, begin, columns, g.shape[1], width, *g.stride(), *ends
         grid = (t_blocks * -(-width // t_options["BLOCK_M"]),)
@@ -297,10 +298,11 @@ def linear_soft_cross_entropy(
         slopes = memory[: n * width].view(-1, width)
         written = slopes if gradients else None
         operands = h, weight, probabilities, row_weight, numbers, written, partial, *s_peaks, *t_peaks[1:]
-        sizes = n, batch, teachers, excluded, begin, columns, depth, width, tiles, begin // block
+        sizes = n, batch, teachers, excluded, begin, columns, depth, width
         strides = *h.stride(), *weight.stride(), 0 if row_weight is None else row_weight.stride(0), width
         factors = norm, scale, LOG2E / student_temp, 1 / student_temp
-        launch(slopes_kernel, (s_blocks * -(-width // block),), *operands, *factors, *sizes, *strides, **s_options)
+        launch(slopes_kernel, (s_blocks * tiles,), *operands, *factors, *sizes, *strides, **s_options)
+        torch.sum(partial[:tiles], (0, 1), out=loss)
         if output_mask[0]:
             add_product(dstudent, slopes, weight[cut], first=begin == 0)
         if output_mask[1]:
@@ -309,4 +311,4 @@ def linear_soft_cross_entropy(
         for x, wanted in zip((dstudent, dweight), output_mask):
             if wanted:
                 x.mul_(scale if numbers is None else numbers[1])
-    return partial.sum(), column_mean, dstudent.view(student.shape) if output_mask[0] else empty, dweight
+    return losses.sum(), column_mean, dstudent.view(student.shape) if output_mask[0] else empty, dweight
