@@ -6,7 +6,7 @@ others must add to, it leaves as a log-sum-exp of its own: rows one for each chu
 4 bytes a number, which `finish_kernel` merges. Columns this way cost 4 N M / 128 bytes, against a second sweep's
 2 N M D operations: at N = M = 32,768, D = 512 that is 34 MB written and read (20 us) for 1.7 ms. A self-similarity
 sweeps the tiles on and above the diagonal: a tile's columns are the rows of its mirror image.
-CLIP at that size on an H100: 1.1e12 operations (1.7 ms at 650 TFLOP/s) and one exp2 an element (0.3 ms), which a second
+CLIP at that size on an H100: 1.1e12 operations (1.7 ms at 650 TFLOP/s) and two exp2 an element (0.6 ms), which a second
 block on the multiprocessor hides; tiles of 128 x 128 read 17 GB from L2 (3 ms at 5.5 TB/s), which bounds the sweep.
 """
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -77,7 +77,7 @@ def sweep_kernel(
             if TRIANGULAR:
                 stored = stored & (columns >= (i + 1) * BLOCK_N)
             for channel in tl.static_range(len(betas)):
-                new, lse = both_sums(s, higher, top, tl.maximum(betas[channel], LEAST))
+                new, lse = both_sums(s, higher, top, tl.maximum(betas[channel], LEAST), WHOLE)
                 added += (new,)
                 at = (channel * row_blocks + i).to(tl.int64) * m + columns
                 tl.store(col_lse + at, lse, mask=stored)
@@ -95,22 +95,34 @@ def sweep_kernel(
 
 
 @triton.jit
-def both_sums(s, higher, top, beta):
+def both_sums(s, higher, top, beta, SHARE: tl.constexpr):
     """Sums over rows of 2^(beta (s - higher)), and log-sum-exps of columns, whose maxima are `top`.
 
-    One exp2 an element serves both where no column is so far below the rows that it would underflow.
+    One exp2 an element serves both where no column is so far below the rows that it would underflow. SHARE only with
+    few features: where the products hide the second exp2, the registers of the choice cost more than it saves.
     """
     highest = tl.max(higher, 0)
-    if (highest - tl.min(tl.where(top == -float("inf"), float("inf"), top), 0)) * beta < 100.0:
+    shared = False
+    if SHARE:
+        lowest = tl.min(tl.where(top == -float("inf"), float("inf"), top), 0)
+        shared = (highest - lowest) * beta < 100.0
+    if not SHARE:
+        new, lse = two_sums(s, higher, top, beta)
+    elif shared:
         e = tl.exp2((s - finite(higher)[:, None]) * beta)
         new = tl.sum(e, 1)
         column = tl.sum(e * tl.exp2((higher - finite(highest)) * beta)[:, None], 0)
         lse = finite(highest) * beta + tl.log2(column)
     else:  # an infinity or a NaN as well
-        new = tl.sum(tl.exp2((s - finite(higher)[:, None]) * beta), 1)
-        column = tl.sum(tl.exp2((s - finite(top)[None, :]) * beta), 0)
-        lse = finite(top) * beta + tl.log2(column)
+        new, lse = two_sums(s, higher, top, beta)
     return new, lse
+
+
+@triton.jit
+def two_sums(s, higher, top, beta):
+    new = tl.sum(tl.exp2((s - finite(higher)[:, None]) * beta), 1)
+    column = tl.sum(tl.exp2((s - finite(top)[None, :]) * beta), 0)
+    return new, finite(top) * beta + tl.log2(column)
 
 
 @triton.jit

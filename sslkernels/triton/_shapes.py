@@ -12,7 +12,7 @@ from typing import Any
 
 _DISTRACTORS = {"BLOCK_C": 32, "BLOCK_L": 128, "num_warps": 4}
 _ROW = {"BLOCK": 1024, "num_warps": 4}  # a program a row, in pieces
-_COMPLETE = {"BLOCK": 32, "BLOCK_D": 64, "num_warps": 4}
+_COMPLETE = {"BLOCK": 16, "BLOCK_D": 64, "num_warps": 4}
 _LARGEST = {"BLOCK": 4096, "num_warps": 8}  # one program
 _SAMPLED = {"ELEMENTS": 4096, "num_warps": 4}  # of the tile of gathered keys
 _TWO_VIEW = {
@@ -115,10 +115,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "distractors": _DISTRACTORS,
         "row": _ROW,
         "scores": {2: _tile(128, 128, 32, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
-        "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
+        "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
         "complete": _COMPLETE,
-        "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
@@ -141,10 +141,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "distractors": _DISTRACTORS,
         "row": _ROW,
         "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 4, 2)},
-        "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 8, 2)},
+        "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
         "complete": _COMPLETE,
-        "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 4, 2)},
+        "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
@@ -166,11 +166,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sm_100": {
         "distractors": _DISTRACTORS,
         "row": _ROW,
-        "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 4, 2)},
-        "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 4, 2)},
+        "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
+        "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
         "complete": _COMPLETE,
-        "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 4, 2)},
+        "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
@@ -191,16 +191,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "topk": {2: _keys(64, 128, 64, 8, 4), 4: _keys(64, 64, 16, 8, 2)},
         "tokens_logits": {2: _keys(128, 256, 64, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
         "tokens_product": {2: _product(128, 256, 64, 3), 4: _product(64, 64, 16, 3, 4)},
-        "panel": {2: _tile(128, 128, 64, 4, 3), 4: _tile(64, 64, 32, 4, 2)},
+        "panel": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
     },
     "gfx942": {
         "distractors": _DISTRACTORS,
         "row": _ROW,
         "scores": {2: _tile(128, 128, 32, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
-        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 4, 2)},
-        "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
+        "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
         "complete": _COMPLETE,
-        "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 4, 2)},
+        "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
         "largest": _LARGEST,
         "merge": _MERGE,
         "sampled": _SAMPLED,
