@@ -5,7 +5,7 @@ The visit's program owns BLOCK prototypes of one sample: it makes the probabilit
 meets all student views with them, so a student element costs two exponentials, whatever the number of pairs. For DINO
 (64 samples, 2 + 10 views, 65,536 prototypes, bfloat16) students are read twice (2 x 84 MB, the second time partly from
 the L2 cache, as the visit begins where the peaks ended), teachers too (2 x 17 MB), and gradients written once (84 MB):
-286 MB, 85 us at 3.35 TB/s, against 10 us of exponentials. One visit would need 128 KiB of a row on chip.
+286 MB, 85 us at 3.35 TB/s, against 25 us of exponentials. One reading would need a row, 128 KiB, on chip.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -32,7 +32,7 @@ from sslkernels.triton._tiles import log1p
 
 @triton.jit
 def shares_kernel(weight, numbers, batch, weight_stride, pairs, steepness, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """numbers = norm, scale: what weights are multiplied by in the result, gradients after the emission."""
+    """numbers = norm, scale: what weights are multiplied by in the result, and gradients after the op."""
     total = tl.zeros((BLOCK,), tl.float32)
     most = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, batch, BLOCK):
@@ -201,8 +201,10 @@ class _Visit:
 
 
 def share_numbers(row_weight, pairs, batch, steepness, mean):
-    """(norm, scale) as numbers, or, of weights on the device, None and a tensor of both; `steepness` is 0 but where
-    gradients wait scaled."""
+    """norm, scale, None; of weights, whose sum only the device knows, 1, 1 and a tensor of both.
+
+    Gradients are divided by the scale, which is 1 where `steepness` is 0.
+    """
     if row_weight is None:
         norm = (1 / (pairs * batch) if batch else math.inf) if mean else 1.0
         return norm, norm * steepness if steepness and batch else 1.0, None
