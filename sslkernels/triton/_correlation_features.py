@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._panel import PANEL_BYTES, add_product, panels, product
 from sslkernels.triton._scores import grouped
 from sslkernels.triton._tiles import dot, precision
@@ -59,13 +59,13 @@ def feature_products(a, b, outs, dtype, scale, off_diagonal):
     """
     rows, columns, others = a.shape[0], a.shape[1], b.shape[1]
     tile = shape("correlation_features", a, b)
-    blocks = triton.cdiv(others, tile["BLOCK_N"])
+    blocks = cdiv(others, tile["BLOCK_N"])
     da, db = outs
     wanted = da is not None or db is not None
     limit = min(PANEL_BYTES, max(STORED, columns * others * dtype.itemsize // 4))
     parts = list(panels(columns, others, dtype, limit)) if wanted else [slice(0, columns)]
     heights = [part.stop - part.start for part in parts]
-    counts = [triton.cdiv(height, tile["BLOCK_M"]) * blocks for height in heights]
+    counts = [cdiv(height, tile["BLOCK_M"]) * blocks for height in heights]
     norms = a.new_empty(sum(counts), dtype=torch.float64)
     panel = a.new_empty(max(heights) if wanted else 0, others, dtype=dtype)
     left, right = (x if x.dtype == dtype or not wanted else x.to(dtype) for x in (a, b))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sslkernels.triton._correlation_columns import (
@@ -23,7 +22,7 @@ from sslkernels.triton._correlation_columns import (
 )
 from sslkernels.triton._correlation_features import feature_products
 from sslkernels.triton._correlation_grams import gram_close_kernel, gram_gradient_kernel, gram_kernel
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._tiles import precision
 
 
@@ -144,7 +143,7 @@ def _column_outputs(x: Tensor, slopes: int):
     """Room for the slopes of the columns and for the programs' sums; the grid and the tile that fill it."""
     tile = shape("correlation_columns", x)
     d = x.shape[1]
-    programs = triton.cdiv(d, tile["BLOCK_C"])
+    programs = cdiv(d, tile["BLOCK_C"])
     own = x.new_empty((slopes, d) if slopes > 1 else (d,), dtype=torch.float32)
     return own, x.new_empty(2, programs, dtype=torch.float64), (programs,), tile
 
@@ -154,20 +153,20 @@ def _grams(views: list[Tensor], cross: bool, dtype: torch.dtype | None, unit: fl
     n, widest, count = views[0].shape[1], max(z.shape[2] for z in views), sum(len(z) for z in views)
     tile = shape("correlation_gram", *views)
     side = tile["BLOCK_M"]
-    blocks = triton.cdiv(n, side)
+    blocks = cdiv(n, side)
     tiles = blocks * (blocks + 1) // 2
     # four programs a multiprocessor even out; each multiplies at least eight blocks of columns
-    parts = max(1, min(triton.cdiv(4 * multiprocessors(views[0]), tiles * count), widest // (8 * tile["BLOCK_K"])))
+    parts = max(1, min(cdiv(4 * multiprocessors(views[0]), tiles * count), widest // (8 * tile["BLOCK_K"])))
     out = views[0].new_empty(parts, count, tiles, side * side, dtype=torch.float32)
     begin = 0
     for z in views:
-        chunk = triton.cdiv(triton.cdiv(z.shape[2], parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
+        chunk = cdiv(cdiv(z.shape[2], parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
         sizes = n, z.shape[2], *z.stride(), out.stride(0), chunk
         launch(gram_kernel, (tiles, parts, len(z)), z, out[:, begin:], *sizes, PRECISION=precision(), **tile)
         begin += len(z)
     close = shape("correlation_close", *views)
     pieces = tiles * (side // close["BLOCK_R"])
-    ld = triton.cdiv(n, 16) * 16
+    ld = cdiv(n, 16) * 16
     norms = out.new_empty(count, pieces, dtype=torch.float64)
     # nobody wants a gradient: no room for its operands
     r, kappa = out.new_empty(count if dtype else 0, n, ld, dtype=dtype), out.new_empty(count, n)
@@ -201,7 +200,7 @@ def _gram_gradients(grams, z, own, outs, output_mask, factor, *, inverse=None, r
         whole = n <= all_rows["BLOCK_M"]
         tile = all_rows if whole else tile
         if not whole:
-            sums = z.new_empty(2, triton.cdiv(n, tile["BLOCK_M"]), 2, d, dtype=torch.float32)
+            sums = z.new_empty(2, cdiv(n, tile["BLOCK_M"]), 2, d, dtype=torch.float32)
     places = outs if sums is None else rooms
     _launch_gradient(
         grams.r, grams.kappa, z[0], z[0], own, places, factor / grams.unit, factor, inverse=inverse, sums=sums,
@@ -219,7 +218,7 @@ def _launch_gradient(
 ):  # fmt: skip
     tile = tile or shape("correlation_gradient", r, z)
     (n, d), (x, y, difference) = z.shape, apart
-    programs = triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"])
+    programs = cdiv(n, tile["BLOCK_M"]) * cdiv(d, tile["BLOCK_N"])
     sizes = n, d, r.stride(-2), *z.stride(), *other.stride(), *_strides(x, y), first, z_view, own_view
     launch(
         gram_gradient_kernel, (programs, views),
@@ -232,7 +231,7 @@ def _blend(g, z, other, own, factor, *, inverse=None, apart=ALIKE):
     """The gradient before standardising or centring, in place, from g = the products in feature space."""
     n, d = g.shape
     tile = shape("correlation_elements", g)
-    grid = triton.cdiv(d, tile["BLOCK_C"]), triton.cdiv(n, tile["BLOCK_R"])
+    grid = cdiv(d, tile["BLOCK_C"]), cdiv(n, tile["BLOCK_R"])
     sums = None if inverse is None else g.new_empty(grid[1], 2, d)
     x, y, difference = apart
     strides = _strides(x, y)
@@ -248,7 +247,7 @@ def _strides(x, y):
 def _finish(g, z, kappa, sums, inverse, out, factor):
     n, d = z.shape
     tile = shape("correlation_elements", z)
-    grid = triton.cdiv(d, tile["BLOCK_C"]), triton.cdiv(n, tile["BLOCK_R"])
+    grid = cdiv(d, tile["BLOCK_C"]), cdiv(n, tile["BLOCK_R"])
     launch(finish_kernel, grid, g, z, kappa, sums, inverse, out, n, d, len(sums), factor, **tile)
 
 

@@ -8,11 +8,10 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sslkernels.reference import _regression as reference
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._regression import (
     average_kernel,
     count_kernel,
@@ -35,11 +34,11 @@ def masked_regression(pred, target, index, loss, beta, normalize_target, eps, sc
     counts, mask = None, _mask(index)
     if mean and mask is not None:
         tile = shape("regression_count", pred)
-        counts = mask.new_empty(triton.cdiv(rows, tile["SPAN"]), dtype=torch.int32)
+        counts = mask.new_empty(cdiv(rows, tile["SPAN"]), dtype=torch.int32)
         launch(count_kernel, counts.shape, mask, counts, rows, **tile)
     elif mean:
         scale = scale / rows if rows else scale * float("inf")
-    programs = triton.cdiv(rows, _row_tile(pred)["ROWS"])
+    programs = cdiv(rows, _row_tile(pred)["ROWS"])
     partials = pred.new_empty(programs, dtype=torch.float64)
     out = dpred if need_gradient else None
     _regress(pred, target, index, mask, loss, beta, normalize_target, eps, scale, None, counts, out, None, partials)
@@ -72,7 +71,7 @@ def average_layers(layers, instance_norm, layer_norm, eps):
         return reference.average_forward(layers, instance_norm, layer_norm, eps)
     out = torch.empty(layers[0].shape, dtype=torch.float32, device=layers[0].device)
     tile = shape("regression_layers", *layers)
-    grid = batch, triton.cdiv(columns, tile["BLOCK_C"])
+    grid = batch, cdiv(columns, tile["BLOCK_C"])
     done = 0
     for _, alike in itertools.groupby(layers, key=lambda x: (x.dtype, x.stride())):
         group = list(alike)
@@ -84,7 +83,7 @@ def average_layers(layers, instance_norm, layer_norm, eps):
             done += len(some)
     if layer_norm:
         tile = _row_tile(out)
-        launch(layer_norm_kernel, (triton.cdiv(batch * rows, tile["ROWS"]),), out, batch * rows, columns, eps, **tile)
+        launch(layer_norm_kernel, (cdiv(batch * rows, tile["ROWS"]),), out, batch * rows, columns, eps, **tile)
     return out
 
 
@@ -124,7 +123,7 @@ def _mask(index: Tensor | None) -> Tensor | None:
 def _row_tile(x: Tensor) -> dict[str, int]:
     """Whole rows, as many as make a tile of some size."""
     tile = shape("regression_rows", x)
-    block = triton.next_power_of_2(x.shape[-1])
+    block = 1 << (x.shape[-1] - 1).bit_length()
     warps = {"num_warps": max(4, min(16, block // 1024))} if "num_warps" in tile else {}
     return {"ROWS": max(1, tile["ELEMENTS"] // block), "BLOCK": block, **warps}
 
@@ -148,7 +147,7 @@ def _regress(
         loss = "l1"
     tile = _row_tile(pred)
     launch(
-        regression_kernel, (triton.cdiv(rows, tile["ROWS"]),),
+        regression_kernel, (cdiv(rows, tile["ROWS"]),),
         pred, target, ids, mask, grad, counts, dpred, values, partials,
         rows, width, *layout.sizes, *layout.strides[0], *target_strides, *places,
         0 if counts is None else len(counts), beta, max(eps, SMALLEST), scale,
