@@ -206,7 +206,7 @@ def nearest_kernel(
     top = tl.full((BLOCK_N,), NOTHING, tl.int32)
     at = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(split * part, tl.minimum((split + 1) * part, m), BLOCK_M):
-        j = start + tl.arange(0, BLOCK_M)
+        j = (start + tl.arange(0, BLOCK_M)).to(tl.int32)
         order = orders(
             q, k, centre, shifted, weights, i, j, n, m, depth, q_row, q_column, k_row, k_column,
             METRIC, NARROW, EXCLUDE, BLOCK_N, BLOCK_M, BLOCK_D, EVEN, PRECISION,
@@ -241,7 +241,7 @@ def topk_kernel(
     kept = tl.zeros((BLOCK_N, 1), tl.int64) + empty[None, :]
     worst = tl.min(kept, 1)
     for start in range(split * part, tl.minimum((split + 1) * part, m), BLOCK_M):
-        j = start + tl.arange(0, BLOCK_M)
+        j = (start + tl.arange(0, BLOCK_M)).to(tl.int32)
         order = orders(
             q, k, centre, shifted, weights, i, j, n, m, depth, q_row, q_column, k_row, k_column,
             METRIC, NARROW, EXCLUDE, BLOCK_N, BLOCK_M, BLOCK_D, EVEN, PRECISION,

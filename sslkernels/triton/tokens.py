@@ -68,8 +68,8 @@ def _head(input, weight, bias, target, ignore_index, smoothing, z) -> _Head:
 class _Chunks:
     """The rows in chunks, and what a chunk needs beside the inputs, made once for all of them.
 
-    A panel is as large as the layer's float32 gradient, but at least 64 and at most 512 MiB: with fewer rows the
-    gradient would be read and written again more often than products take.
+    A panel is as large as the layer, so that it has as many rows as the layer has features, but at least 64 and at most
+    512 MiB: with fewer rows the layer's gradient would be read and written again for longer than products take.
     """
 
     def __init__(self, head: _Head, mask: list[bool], limit: int) -> None:
@@ -77,7 +77,7 @@ class _Chunks:
         self.head, self.mask, self.tile = head, mask, shape("tokens_logits", head.input, head.weight)
         self.strips = cdiv(v, self.tile["BLOCK_M"])
         width, dtype = -(-v // ALIGNED) * ALIGNED, head.dtype()
-        limit = max(limit, min(PANEL_BYTES, max(LEAST_PANEL, 4 * v * d)))
+        limit = max(limit, min(PANEL_BYTES, max(LEAST_PANEL, v * d * dtype.itemsize)))
         # a few features or classes: what a row has beside the panel counts
         columns, itemsize = (max(width, 4 * d), dtype.itemsize) if any(mask) else (2 * self.strips, 4)
         self.rows = panel_rows(n, columns, itemsize, limit, self.tile["BLOCK_N"])
@@ -147,7 +147,7 @@ class _Chunks:
         if self.mask[0]:
             tiles = cdiv(rows, tile["BLOCK_M"]) * cdiv(d, tile["BLOCK_N"])
             # a few rows that count have few tiles: sums over parts of the classes, so that they fill the device too
-            splits = min(max(4 * multiprocessors(panel) // tiles, 1), 16, cdiv(v, tile["BLOCK_K"]))
+            splits = min(max(2 * multiprocessors(panel) // tiles, 1), 16, cdiv(v, tile["BLOCK_K"]))
             strip = cdiv(cdiv(v, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
             splits = cdiv(v, strip)
             partial = panel.new_empty(splits, rows, d, dtype=torch.float32)
