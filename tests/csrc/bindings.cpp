@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/cpu/tiles.h for the unit tests: arrays in place of pointers, None in place of null.
+// The functions of csrc/cpu/tiles.h for the unit tests, arrays in place of pointers and None in place of null, and the
+// arithmetic of csrc/common that plans launches on a GPU.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "common/chunks.h"
+#include "common/grid.h"
 #include "common/philox.h"
 #include "cpu/tiles.h"
 
@@ -120,6 +125,21 @@ PYBIND11_MODULE(sslkernels_tiles, m) {
     const sslkernels::Philox random = sslkernels::philox(seed, stream, block);
     return std::vector<uint32_t>(random.words, random.words + 4);
   });
+  m.def("blocks_of", &sslkernels::blocks_of);
+  m.def("plan_parts", [](i64 rows, i64 cols, i64 strip, i64 multiprocessors) {
+    const sslkernels::Parts parts = sslkernels::plan_parts(rows, cols, strip, multiprocessors);
+    return std::make_tuple(parts.strips, parts.count, parts.rows);
+  });
+  m.def("plan_launches", [](const std::vector<i64>& numels, size_t capacity) {
+    std::vector<std::tuple<size_t, size_t, i64>> launches;
+    for (const sslkernels::Launch& part : sslkernels::plan_launches(numels, capacity))
+      launches.emplace_back(part.begin, part.end, part.blocks);
+    return launches;
+  });
+  m.def("find_tensor", [](const std::vector<uint32_t>& first_block, uint32_t block) {
+    return sslkernels::find_tensor(first_block.data(), static_cast<int>(first_block.size()), block);
+  });
+  m.def("is_dense", &sslkernels::is_dense);
   m.def("level", [] { return static_cast<int>(sslkernels::level()); });
   m.def("set_level", [](int cap) { sslkernels::set_level(static_cast<Level>(cap)); });
 }

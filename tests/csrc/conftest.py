@@ -40,7 +40,12 @@ def module() -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     cpu = ROOT / "csrc/cpu"
     sources = [Path(__file__).with_name("bindings.cpp"), cpu / "tiles.cpp", cpu / "levels.cpp"]
-    headers = [cpu / "tiles.h", cpu / "levels.h", ROOT / "csrc/common/philox.h", *sorted(cpu.glob("*.inl"))]
+    headers = [
+        cpu / "tiles.h",
+        cpu / "levels.h",
+        *sorted((ROOT / "csrc/common").glob("*.h")),
+        *sorted(cpu.glob("*.inl")),
+    ]
     includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     command = [*compiler.split(), "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags_of_setup(), *includes]
     key = hashlib.sha256("\0".join(command).encode() + b"".join(path.read_bytes() for path in [*sources, *headers]))
