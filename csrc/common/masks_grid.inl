@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The masks of grids as the dispatcher calls them, on any device: included where run_samples() says how to work there.
+// The masks of grids as the dispatcher calls them, on any device: included where run_samples() says how to work there,
+// and empty_like() makes tensors.
 #include <tuple>
 #include <vector>
 
@@ -12,7 +13,8 @@ namespace {
 using Ids = std::tuple<Tensor, Tensor>;
 
 Ids random_mask(const Tensor& seed, int64_t batch, int64_t frames, int64_t places, int64_t keep) {
-  const Tensor visible = fresh(seed, {batch, frames * keep}), masked = fresh(seed, {batch, frames * (places - keep)});
+  const Tensor visible = empty_like(seed, {batch, frames * keep}, ScalarType::Long),
+               masked = empty_like(seed, {batch, frames * (places - keep)}, ScalarType::Long);
   run_samples(seed, batch, RandomMask{seed_of(seed), frames, places, keep, ids_of(visible), ids_of(masked)});
   return {visible, masked};
 }
@@ -20,7 +22,8 @@ Ids random_mask(const Tensor& seed, int64_t batch, int64_t frames, int64_t place
 Tensor block_mask(const Tensor& seed, int64_t batch, int64_t height, int64_t width, double low, double high,
                   double min_area, double max_area, double log_aspect_low, double log_aspect_high, int64_t attempts,
                   double probability, bool slices, bool whole) {
-  const Tensor out = fresh(seed, {batch, height, width}, ScalarType::Bool), ranks = fresh(seed, {slices ? batch : 0});
+  const Tensor out = empty_like(seed, {batch, height, width}, ScalarType::Bool),
+               ranks = empty_like(seed, {slices ? batch : 0}, ScalarType::Long);
   if (slices && batch > 0)
     run_samples(seed, 1, BatchOrder{seed_of(seed), batch, ids_of(ranks)});
   run_samples(
@@ -32,7 +35,8 @@ Tensor block_mask(const Tensor& seed, int64_t batch, int64_t height, int64_t wid
 
 Ids inverse_block_mask(const Tensor& seed, int64_t batch, int64_t height, int64_t width, int64_t blocks,
                        int64_t block_size, int64_t keep) {
-  const Tensor visible = fresh(seed, {batch, keep}), masked = fresh(seed, {batch, height * width - keep});
+  const Tensor visible = empty_like(seed, {batch, keep}, ScalarType::Long),
+               masked = empty_like(seed, {batch, height * width - keep}, ScalarType::Long);
   run_samples(
       seed, batch,
       InverseBlockMask{seed_of(seed), height, width, blocks, block_size, keep, ids_of(visible), ids_of(masked)});

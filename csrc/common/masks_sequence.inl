@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The masks of sequences as the dispatcher calls them, on any device: included where run_samples() says how to work
-// there, and numbers() how a list gets there.
+// there, empty_like() makes tensors, and numbers() sends a list there.
 #include <tuple>
 #include <vector>
 
@@ -14,7 +14,7 @@ using Pair = std::tuple<Tensor, Tensor>;
 
 Tensor span_mask(const Tensor& seed, int64_t batch, int64_t length, const Optional& lengths, double ratio, int64_t span,
                  int64_t min_spans) {
-  const Tensor out = fresh(seed, {batch, length}, ScalarType::Bool);
+  const Tensor out = empty_like(seed, {batch, length}, ScalarType::Bool);
   const Dense<int64_t> sizes(lengths, seed);
   run_samples(seed, batch, SpanMask{seed_of(seed), length, sizes, ratio, span, min_spans, flags_of(out)});
   return out;
@@ -22,7 +22,7 @@ Tensor span_mask(const Tensor& seed, int64_t batch, int64_t length, const Option
 
 Tensor centred_span_mask(const Tensor& seed, int64_t batch, int64_t length, const Optional& lengths, double ratio,
                          double density, int64_t span) {
-  const Tensor out = fresh(seed, {batch, length}, ScalarType::Bool);
+  const Tensor out = empty_like(seed, {batch, length}, ScalarType::Bool);
   const Dense<int64_t> sizes(lengths, seed);
   run_samples(seed, batch, CentredSpanMask{seed_of(seed), length, sizes, ratio, density, span, flags_of(out)});
   return out;
@@ -30,7 +30,7 @@ Tensor centred_span_mask(const Tensor& seed, int64_t batch, int64_t length, cons
 
 Tensor word_span_mask(const Tensor& seed, int64_t batch, int64_t length, const Optional& lengths,
                       const Optional& word_ids, double ratio, std::vector<int64_t> thresholds) {
-  const Tensor out = fresh(seed, {batch, length}, ScalarType::Bool), reached = numbers(seed, thresholds);
+  const Tensor out = empty_like(seed, {batch, length}, ScalarType::Bool), reached = numbers(seed, thresholds);
   const Dense<int64_t> sizes(lengths, seed), ids(word_ids, seed);
   run_samples(seed, batch,
               WordSpanMask{seed_of(seed), length, sizes, ids, ratio, ids_of(reached),
@@ -42,7 +42,8 @@ Pair token_mask(const Tensor& seed, const Tensor& tokens, const Optional& specia
                 const Optional& lengths, int64_t mask_token, int64_t vocab_size, double ratio, int64_t max_predictions,
                 double masked, double changed, int64_t ignore_index) {
   const int64_t batch = tokens.size(0), length = tokens.size(1);
-  const Tensor inputs = fresh(seed, {batch, length}), labels = fresh(seed, {batch, length});
+  const Tensor inputs = empty_like(seed, {batch, length}, ScalarType::Long),
+               labels = empty_like(seed, {batch, length}, ScalarType::Long);
   const Dense<int64_t> given(tokens, seed), sizes(lengths, seed), ids(word_ids, seed);
   const Dense<uint8_t> never(special, seed);
   run_samples(seed, batch,
@@ -54,7 +55,8 @@ Pair token_mask(const Tensor& seed, const Tensor& tokens, const Optional& specia
 Pair span_corruption(const Tensor& seed, const Tensor& tokens, int64_t noise, int64_t spans, int64_t vocab_size,
                      std::optional<int64_t> eos) {
   const int64_t batch = tokens.size(0), length = tokens.size(1), extra = spans + eos.has_value();
-  const Tensor inputs = fresh(seed, {batch, length - noise + extra}), targets = fresh(seed, {batch, noise + extra});
+  const Tensor inputs = empty_like(seed, {batch, length - noise + extra}, ScalarType::Long),
+               targets = empty_like(seed, {batch, noise + extra}, ScalarType::Long);
   const Dense<int64_t> given(tokens, seed);
   run_samples(seed, batch,
               SpanCorruption{seed_of(seed), length, given, noise, spans, vocab_size, eos.has_value(), eos.value_or(0),

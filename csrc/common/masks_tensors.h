@@ -16,10 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype = ScalarType::Long) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
-}
-
 inline const uint64_t* seed_of(const Tensor& seed) { return static_cast<const uint64_t*>(seed.const_data_ptr()); }
 inline int64_t* ids_of(const Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); }
 inline uint8_t* flags_of(const Tensor& x) { return static_cast<uint8_t*>(x.mutable_data_ptr()); }

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <memory>
+#include <utility>
 
 #include "common/masks.h"
 #include "cpu/operand.h"
@@ -107,6 +108,10 @@ class OneThread {
  private:
   mutable std::vector<uint64_t> codes_;
 };
+
+inline Tensor empty_like(const Tensor&, std::vector<i64> sizes, ScalarType dtype) {
+  return empty(std::move(sizes), dtype);
+}
 
 // f(rows) on each thread's share of the rows
 template <typename F>

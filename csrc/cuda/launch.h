@@ -99,6 +99,16 @@ inline void check_device(const char* name, const Tensor& x, const Tensor& like) 
 
 // A fresh contiguous tensor on the device of `like`.
 inline Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+#ifdef SSLKERNELS_EMULATED
+  int64_t count = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) strides[d] = count;
+  if (count > 0) {
+    const auto bytes = static_cast<int64_t>(torch::stable::empty({0}, dtype).element_size());
+    void* memory = emulator::allocate(count * bytes);
+    return torch::stable::from_blob(memory, sizes, strides, like.device(), dtype, emulator::release);
+  }
+#endif
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 

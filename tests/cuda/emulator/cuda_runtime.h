@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA as the kernels of csrc/cuda use it, on the CPU: blocks one after another, the threads of a block as fibers that
 // change hands at barriers and shuffles. Slow and exact: what it computes, a GPU computes, races between blocks aside.
+// Shared memory is poisoned for every block, and a write beside a tensor of an op's own ends the process.
 #pragma once
 
+#include <link.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +24,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local  // so that they lie together, see poison_shared()
 #define STD_CUDA_CHECK(call) ((void)(call))
 
 struct dim3 {
@@ -141,6 +144,72 @@ inline void run_block(int threads) {
   }
 }
 
+// The library's thread-local variables are its static shared memory.
+inline thread_local char one_of_them;
+
+inline void poison_shared() {
+  static char* begin = nullptr;
+  static size_t size = 0;
+  one_of_them = 0;
+  if (&one_of_them < begin || &one_of_them >= begin + size) {
+    const auto find = [](dl_phdr_info* library, size_t, void*) {
+      char* memory = static_cast<char*>(library->dlpi_tls_data);
+      for (int i = 0; i < library->dlpi_phnum && memory; ++i) {
+        const auto& part = library->dlpi_phdr[i];
+        if (part.p_type == PT_TLS && memory <= &one_of_them && &one_of_them < memory + part.p_memsz) {
+          begin = memory;
+          size = part.p_memsz;
+        }
+      }
+      return 0;
+    };
+    dl_iterate_phdr(find, nullptr);
+  }
+  std::memset(begin, 0x7f, size);
+}
+
+// Memory of an op's own, between canaries and before a page that cannot be touched. What nobody writes is NaN, or -1.
+struct Allocation {
+  unsigned char *base, *data, *end;  // of the canary before it, of itself, and of the canary behind it
+  size_t bytes;
+};
+
+constexpr size_t kPage = 4096;
+constexpr unsigned char kCanary = 0x5c;
+inline std::vector<Allocation> allocations;
+
+inline void check_canaries(const Allocation& x) {
+  for (const unsigned char* at = x.base; at < x.end; ++at) {
+    if ((at < x.data || at >= x.data + x.bytes) && *at != kCanary) {
+      std::fprintf(stderr, "emulator: a write beside a tensor of %zu bytes, at byte %td\n", x.bytes, at - x.data);
+      std::abort();
+    }
+  }
+}
+
+inline void* allocate(size_t bytes) {
+  const size_t room = (bytes + 15) / 16 * 16, size = (room + 64 + kPage - 1) / kPage * kPage;
+  void* memory = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  auto* base = static_cast<unsigned char*>(memory);
+  mprotect(base + size, kPage, PROT_NONE);
+  std::memset(base, kCanary, size);
+  std::memset(base + size - room, 0xff, bytes);
+  allocations.push_back({base, base + size - room, base + size, bytes});
+  return allocations.back().data;
+}
+
+inline void release(void* data) {
+  for (size_t i = 0; i < allocations.size(); ++i) {
+    const Allocation found = allocations[i];
+    if (found.data == data) {
+      check_canaries(found);
+      allocations.erase(allocations.begin() + i);
+      munmap(found.base, found.end - found.base + kPage);
+      return;
+    }
+  }
+}
+
 inline void run(dim3 blocks, int threads, size_t shared, const std::function<void()>& body) {
   while (static_cast<int>(block.fibers.size()) < threads) {
     void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -154,9 +223,11 @@ inline void run(dim3 blocks, int threads, size_t shared, const std::function<voi
     for (unsigned y = 0; y < blocks.y; ++y)
       for (unsigned x = 0; x < blocks.x; ++x) {
         blockIdx = dim3(x, y, z);
+        poison_shared();
         block.shared.assign(shared, static_cast<char>(0x7f));  // what nobody wrote shows
         run_block(threads);
       }
+  for (const Allocation& x : allocations) check_canaries(x);
 }
 
 // What `lane`(mine) of this warp holds; a lane outside the warp or not running gives one's own value, as CUDA does.
