@@ -138,7 +138,7 @@ _ema_update_ = define(
     reference=_reference,
     fake=None,
 )
-# index_copy_ and copy_ are as fast as memory is
+# without a kernel index_copy_ and copy_ serve, which are as fast as memory is
 _enqueue_ = define(
     "enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()",
     reference=reference.enqueue_,
