@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslkernels import ops
 from tests.triton.conftest import doubled, launcher
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -258,3 +259,25 @@ def test_same_bits() -> None:
     for name, arguments in (("soft_cross_entropy", soft), ("linear_soft_cross_entropy", linear)):
         first, second = (launcher(name)(*arguments) for _ in range(2))
         assert all(map(torch.equal, first, second))
+
+
+def test_losses_through_the_dispatcher(triton_serves: Callable) -> None:
+    """Values and gradients of the public functions, float32 by Triton and float64 by the reference."""
+    student, teacher, weight = torch.randn(3, 2, 18), torch.randn(2, 2, 18), torch.randn(20, 18) / 4
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        s, t, w = (x.to(dtype) for x in (student, teacher, weight))
+        s, w = s.requires_grad_(), w.requires_grad_()
+        views = ops.sinkhorn_center(t, epsilon=0.5)
+        losses = (
+            ops.soft_cross_entropy(list(s), list(t), views, teacher_temp=0.5),
+            ops.soft_cross_entropy(s * 0.5, t, inplace=True),
+            ops.soft_cross_entropy(s, t, row_weight=t[0, :, 0].abs(), reduction="none").square().sum(),
+            ops.linear_soft_cross_entropy(s, w, t, student_temp=1.0),
+        )
+        return [*losses, *torch.autograd.grad(sum(losses), (s, w))]
+
+    for x, y in zip(run(F32), run(torch.float64), strict=True):
+        assert (x - y).norm() <= 1e-5 * y.norm()
+    names = "soft_cross_entropy", "soft_cross_entropy_", "soft_cross_entropy_rows", "soft_cross_entropy_rows_backward"
+    assert triton_serves() >= {*names, "linear_soft_cross_entropy", "sinkhorn_center"}
