@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor> embed_patches(const Tensor& images, const Optional& i
   using torch::stable::detail::from;
   StableIValue stack[4] = {from(torch::stable::view(patches, {rows, grid.values})), from(weight), from(bias),
                            from(torch::stable::view(out, {rows, weight.size(0)}))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(stack[0])));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(stack[0])));
   if (position)
     add_position(out, ids, *position, device);
   return {out, patches};

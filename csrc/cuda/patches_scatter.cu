@@ -90,7 +90,7 @@ struct Sorted {
       return;
     using torch::stable::detail::from;
     StableIValue stack[4] = {from(*ids), from(std::optional<bool>(true)), from(int64_t{1}), from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
     values = torch::stable::detail::to<Tensor>(stack[0]);
     order = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[1]));
     Ids sorted = given;
