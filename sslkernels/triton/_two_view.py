@@ -3,7 +3,7 @@
 
 A small batch takes three launches: unit rows; log-sum-exps, slopes and partial sums, a block of rows a program; W z and
 the normalisation's gradient, where the first program adds the partial sums up. All pairs are computed, not half: 2N =
-512 rows at D = 128 are 0.4e9 operations in all, less than a microsecond of an H100, and 2N = 2,048 are 6e9, 10 to 30
+512 rows at D = 128 are 0.2e9 operations in all, less than a microsecond of an H100, and 2N = 2,048 are 3e9, 10 to 30
 microseconds in blocks of 16 rows that fill the chip. A larger batch or wider rows take the sweeps of `_lse.py` and
 `_gradients.py`.
 """
