@@ -124,8 +124,7 @@ def row_sums(q, k, scale_tensor, scale, bias_tensor, bias, rules):
 
 
 def gradients(
-    q, k, weight, uniform, scale_tensor, scale, bias_tensor, bias, rules, mask, dtypes, loss=None,
-    limit=PANEL_BYTES,
+    q, k, weight, uniform, scale_tensor, scale, bias_tensor, bias, rules, mask, dtypes, loss=None
 ):  # fmt: skip
     """dq, dk, dscale, dbias of the sum of w_i row_i, in `dtypes`, and the sum into `loss` where that is given.
 
@@ -142,7 +141,7 @@ def gradients(
         return dq, dk, *(q.new_empty(0) if x is None else x for x in numbers[1:])
     tile = shape("softplus", q, k)
     dtype = q.dtype if q.dtype == k.dtype else torch.float32
-    spans = list(panels(n, m, dtype, limit)) if mask[0] or mask[1] else [slice(0, n)]
+    spans = list(panels(n, m, dtype, PANEL_BYTES, tile["BLOCK_N"])) if mask[0] or mask[1] else [slice(0, n)]
     panel = q.new_empty(spans[0].stop, m, dtype=dtype) if mask[0] or mask[1] else None
     blocks = triton.cdiv(spans[0].stop, tile["BLOCK_N"])
     chunk, chunks = _split(blocks, triton.cdiv(m, tile["BLOCK_M"]), q, 16)

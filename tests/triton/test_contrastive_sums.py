@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslkernels.triton import _launch, _panel, _softplus, _two_view
+from sslkernels.triton import _launch, _softplus, _two_view
 from tests.triton.conftest import TOLERANCE, launcher
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -188,7 +188,6 @@ def test_gradients_in_several_panels(monkeypatch: pytest.MonkeyPatch, dtype: tor
     weight = torch.randn(50)
     whole = launcher("similarity_softplus_backward")(weight, q, k, *numbers, [True] * 4)
     monkeypatch.setattr(_softplus, "PANEL_BYTES", 16 * 40 * dtype.itemsize)
-    monkeypatch.setattr(_panel, "TILE", 16)
     parts = launcher("similarity_softplus_backward")(weight, q, k, *numbers, [True] * 4)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype != F32 else 1e-5, atol=1e-5)
@@ -270,6 +269,12 @@ def test_two_view_of_what_is_not_small(
     out0, out1 = torch.randn(2, n, columns).to(dtype)
     for wanted in ([True] * 3, [False, True, False]):
         compare_views(compare, out0, out1, None, 0.1, torch.tensor(3.0), 1.0, False, wanted)
+
+
+def test_two_views_in_half_precision_keep_small_weights(compare: Callable) -> None:
+    """Weights of 1e-6 times probabilities of 0.1 are no normal numbers of fp16."""
+    out0, out1 = torch.randn(2, 9, 7).to(F16)
+    compare_views(compare, out0, out1, None, 1e-6, None, 5.0, True, [True] * 3)
 
 
 def test_two_view_carries_nan(compare: Callable) -> None:
