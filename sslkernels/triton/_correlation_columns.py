@@ -145,8 +145,8 @@ def blend_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """g = factor g + own_j other + difference (x - y), in place, and its column sums where `sums` is given."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     value = factor * load_tile(g, r, c, columns, 1, rows, columns)
     slope = tl.load(own + c, mask=c < columns, other=0.0)
     value += slope[None, :] * load_tile(other, r, c, columns, 1, rows, columns).to(tl.float32)
@@ -156,7 +156,7 @@ def blend_kernel(
     store_rounded(g, value, r, c, rows, columns)
     if sums is not None:
         unit = load_tile(z, r, c, columns, 1, rows, columns).to(tl.float32)
-        store_column_sums(sums, tl.program_id(1), value, unit, c, columns)
+        store_column_sums(sums, tl.program_id(0), value, unit, c, columns)
 
 
 @triton.jit
@@ -166,8 +166,8 @@ def finish_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = (g - mean(g) - z mean(g z)) inverse; the sums are of g + factor kappa_i z, where kappa is given."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
     along = tl.zeros((BLOCK_C,), tl.float32)
     inside = c < columns

@@ -170,19 +170,9 @@ def _grams(views: list[Tensor], cross: bool, dtype: torch.dtype | None, unit: fl
     norms = out.new_empty(count, pieces, dtype=torch.float64)
     # nobody wants a gradient: no room for its operands
     r, kappa = out.new_empty(count if dtype else 0, n, ld, dtype=dtype), out.new_empty(count, n)
-    sizes = n, ld, parts, out.stride(0), tiles, unit
-    launch(
-        gram_close_kernel,
-        (pieces, count),
-        out,
-        r if dtype else None,
-        kappa,
-        norms,
-        *sizes,
-        CROSS=cross,
-        BLOCK_M=side,
-        **close,
-    )
+    numbers = n, ld, parts, out.stride(0), tiles, unit
+    operands = out, r if dtype else None, kappa, norms
+    launch(gram_close_kernel, (pieces, count), *operands, *numbers, CROSS=cross, BLOCK_M=side, **close)
     return _Grams(r, kappa, norms, unit)
 
 
@@ -231,8 +221,8 @@ def _blend(g, z, other, own, factor, *, inverse=None, apart=ALIKE):
     """The gradient before standardising or centring, in place, from g = the products in feature space."""
     n, d = g.shape
     tile = shape("correlation_elements", g)
-    grid = cdiv(d, tile["BLOCK_C"]), cdiv(n, tile["BLOCK_R"])
-    sums = None if inverse is None else g.new_empty(grid[1], 2, d)
+    grid = cdiv(n, tile["BLOCK_R"]), cdiv(d, tile["BLOCK_C"])
+    sums = None if inverse is None else g.new_empty(grid[0], 2, d)
     x, y, difference = apart
     strides = _strides(x, y)
     launch(blend_kernel, grid, g, z, other, own, x, y, sums, n, d, *strides, factor, difference, **tile)
@@ -247,7 +237,7 @@ def _strides(x, y):
 def _finish(g, z, kappa, sums, inverse, out, factor):
     n, d = z.shape
     tile = shape("correlation_elements", z)
-    grid = cdiv(d, tile["BLOCK_C"]), cdiv(n, tile["BLOCK_R"])
+    grid = cdiv(n, tile["BLOCK_R"]), cdiv(d, tile["BLOCK_C"])
     launch(finish_kernel, grid, g, z, kappa, sums, inverse, out, n, d, len(sums), factor, **tile)
 
 
