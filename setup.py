@@ -4,7 +4,8 @@
 Nothing of Python or of one torch release is linked in, so one wheel (py3-none-<platform>) serves them all. Variables:
 SSLKERNELS_CPU=0 and SSLKERNELS_CUDA=0 skip a library, =1 makes what it needs mandatory (unset: built if the tools are
 found); SSLKERNELS_WERROR=1 turns warnings into errors; CXX and CUDA_HOME (or PATH) name the compilers;
-SSLKERNELS_CUDA_ARCHITECTURES=90 (or 80,90) compiles for fewer GPUs, in less time.
+SSLKERNELS_CUDA_ARCHITECTURES=90 (or 80,90) compiles for fewer GPUs, in less time; SSLKERNELS_GLIBC=2.28 links for that
+glibc and later ones, as the release is.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -112,11 +114,44 @@ def cuda_tools(nvcc: str, compiler: list[str]) -> tuple[list[str], list[str], St
     compile_ = [*base, "-DUSE_CUDA", *codes, "-Xfatbin=-compress-all", "--threads=0", "-MD"]
     compile_ += [f"-Xcompiler={','.join(HOST_FLAGS)}"]
     compile_ += ["-Werror=all-warnings"] * STRICT
-    stub, source = BUILD / "stub/libtorch_cuda.so", BUILD / "stub/libtorch_cuda.c"
-    write_if_changed(source, "".join(f"void {name}(void) {{}}\n" for name in CUDA_SHIM))
-    command = [*compiler, "-shared", "-fPIC", "-x", "c", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)]
+    stub = stub_step(BUILD / "stub/libtorch_cuda.so", "libtorch_cuda.so", CUDA_SHIM, compiler)
     link = [*base, "-shared", "--cudart=static", "--no-device-link", *(f"-Xlinker={flag}" for flag in LINKER)]
-    return compile_, [*link, "-lstdc++", f"-L{stub.parent}", "-ltorch_cuda"], Step("compile", stub, [source], command)
+    return compile_, [*link, f"-L{stub.output.parent}", "-ltorch_cuda"], stub
+
+
+def stub_step(output: Path, soname: str, names: Iterable[str], compiler: list[str], *flags: str) -> Step:
+    """A library with functions of these names, to link with."""
+    source = output.with_suffix(".c")
+    write_if_changed(source, "".join(f"void {name}(void) {{}}\n" for name in names))
+    flags = ("-w", "-fno-builtin", "-nostdlib", f"-Wl,-soname,{soname}", *flags)
+    command = [*compiler, "-shared", "-fPIC", "-x", "c", *flags, str(source), "-o", str(output)]
+    return Step("compile", output, [source], command)
+
+
+def glibc_stub(newest: str, output: Path, compiler: list[str]) -> Step:
+    """A stub of glibc, linked before it: each function that changed after `newest`, in the version that it had then.
+
+    It goes by the name of one of glibc's libraries; the loader looks a name with its version up in all of them.
+    """
+    limit, older = numbers(newest), dict[str, tuple[int, ...]]()
+    for library in ("libc.so.6", "libm.so.6"):
+        path = subprocess.run([*compiler, f"-print-file-name={library}"], check=True, capture_output=True, text=True)
+        command = ["nm", "--dynamic", "--defined-only", "--with-symbol-versions", path.stdout.strip()]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        symbols = re.findall(r" [TWi] (\w+)(@@?)GLIBC_([\d.]+)$", listed, re.MULTILINE)
+        changed = {name for name, mark, version in symbols if mark == "@@" and numbers(version) > limit}
+        for name, _, version in symbols:
+            if name in changed and numbers(version) <= limit:
+                older[name] = max(older.get(name, ()), numbers(version))
+    script = output.with_suffix(".map")
+    versions = {version: [name for name in older if older[name] == version] for version in older.values()}
+    texts = [f"GLIBC_{'.'.join(map(str, version))} {{ {'; '.join(names)}; }};\n" for version, names in versions.items()]
+    write_if_changed(script, "".join(texts))
+    return stub_step(output, "libpthread.so.0", older, compiler, f"-Wl,--version-script={script}")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[Step]:
@@ -127,8 +162,10 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
         steps.append(stub)
     else:
         compile_ = [*compiler, *CXX_FLAGS, *HOST_FLAGS, "-MMD"]
-        # libstdc++ first: torch's libraries export copies of its templates, which must not become dependencies.
-        link = [*compiler, "-shared", *(f"-Wl,{flag}" for flag in LINKER), "-lstdc++"]
+        link = [*compiler, "-shared", *(f"-Wl,{flag}" for flag in LINKER)]
+    if newest := os.environ.get("SSLKERNELS_GLIBC"):
+        steps.append(glibc_stub(newest, BUILD / f"stub/{extension.name}.so", compiler))
+        link.append(str(steps[-1].output))
     headers = ["-Icsrc", "-isystem", f"{torch}/include"]
     for source in map(Path, extension.sources):
         output = BUILD / f"{source}.o"
@@ -137,7 +174,9 @@ def steps_for(extension: Extension, torch: Path, compiler: list[str]) -> list[St
         steps.append(Step("compile", output, [source], command))
     output, outputs = BUILD / f"{extension.name.rpartition('.')[2]}.so", [step.output for step in steps]
     objects = [str(path) for path in outputs if path.suffix == ".o"]
-    command = [link[0], *objects, *link[1:], f"-L{torch}/lib", "-ltorch_cpu", "-lc10", "-o", str(output)]
+    # libstdc++ first: torch's libraries export copies of its templates, which must not become dependencies
+    libraries = ["-lstdc++", f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
+    command = [link[0], *objects, *link[1:], *libraries, "-o", str(output)]
     return [*steps, Step("link", output, outputs, command)]
 
 

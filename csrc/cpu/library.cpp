@@ -2,6 +2,7 @@
 // What the CPU library tells about itself: the instruction set in use, and a cap on it for tests.
 #include <torch/csrc/stable/library.h>
 
+#include "common/older_runtime.h"
 #include "cpu/tiles.h"
 
 namespace sslkernels {

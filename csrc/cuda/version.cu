@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
+#include "common/older_runtime.h"
+
 #define SSLKERNELS_TEXT(...) SSLKERNELS_TEXT_(__VA_ARGS__)
 #define SSLKERNELS_TEXT_(...) #__VA_ARGS__
 

@@ -16,7 +16,15 @@ from sslkernels import _library
 SHIMS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 RUNTIME = re.compile(r".+@+(GLIBC|GLIBCXX|CXXABI|CXXABI_ARM|GCC)_[\d.]+$")
 LINKER = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}  # weak, never required
-NEEDED = {"libtorch_cpu.so", "libtorch_cuda.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+NEEDED = {
+    "libtorch_cpu.so",
+    "libtorch_cuda.so",
+    "libstdc++.so.6",
+    "libpthread.so.0",
+    "libm.so.6",
+    "libgcc_s.so.1",
+    "libc.so.6",
+}
 
 
 @pytest.fixture(params=["cpu", "cuda"])
