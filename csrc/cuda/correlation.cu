@@ -4,7 +4,7 @@
 
 #include "common/grid.h"
 #include "cuda/correlation_kernels.h"
-#include "cuda/launch.h"
+#include "cuda/elements.h"
 
 namespace sslkernels {
 namespace {
@@ -14,23 +14,6 @@ Matrix<T> matrix_of(const Tensor& x) {
   const auto* data = static_cast<const T*>(x.const_data_ptr());
   const bool aligned = reinterpret_cast<uintptr_t>(data) % alignof(Vector<T, kCols<T>>) == 0;
   return {data, x.stride(0), x.stride(1), aligned && x.stride(1) == 1 && x.stride(0) % kCols<T> == 0};
-}
-
-// f(zero of the element's type)
-template <typename F>
-auto with_element(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    case ScalarType::Half:
-      return f(__half{});
-    default:
-      STD_TORCH_CHECK(false, "standardize: x must be float32, float64, bfloat16 or float16");
-  }
 }
 
 template <typename T>
@@ -60,7 +43,7 @@ std::tuple<Tensor, Tensor> standardize(const Tensor& x, double eps, bool unbiase
   const bool wide = x.scalar_type() == ScalarType::Double;
   Tensor out = empty_like(x, {rows, cols}, x.scalar_type());
   Tensor moments = empty_like(x, {3, cols}, wide ? ScalarType::Double : ScalarType::Float);
-  with_element(x, [&](auto zero) {
+  with_element("standardize", x, [&](auto zero) {
     using T = decltype(zero);
     over_columns(Standardize<T>{matrix_of<T>(x), rows, cols, eps, static_cast<double>(rows - unbiased),
                                 moments_of<T>(moments), static_cast<T*>(out.mutable_data_ptr())},
@@ -75,7 +58,7 @@ Tensor standardize_backward(const Tensor& grad, const Tensor& x, const Tensor& m
   check_device("standardize_backward: moments", moments, x);
   Tensor out = empty_like(x, {rows, cols}, x.scalar_type());
   const Tensor given = grad.scalar_type() == x.scalar_type() ? grad : torch::stable::to(grad, x.scalar_type());
-  with_element(x, [&](auto zero) {
+  with_element("standardize", x, [&](auto zero) {
     using T = decltype(zero);
     over_columns(
         StandardizeBackward<T>{matrix_of<T>(given), matrix_of<T>(x), rows, cols, static_cast<double>(rows - unbiased),

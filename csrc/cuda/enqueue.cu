@@ -2,8 +2,7 @@
 // enqueue_ for CUDA: rows copied into a ring from where a pointer on the device says, with no host sync.
 #include <type_traits>
 
-#include "cuda/launch.h"
-#include "cuda/scalars.h"
+#include "cuda/elements.h"
 
 namespace sslkernels {
 namespace {
@@ -66,31 +65,14 @@ bool in_vectors(const Tensor& x, int width) {
          address % alignof(Vector<T, 16 / sizeof(T)>) == 0;
 }
 
-// f(zero of the element's type)
-template <typename F>
-void with_element(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    case ScalarType::Half:
-      return f(__half{});
-    default:
-      STD_TORCH_CHECK(false, "enqueue_: queue and keys must be float32, float64, bfloat16 or float16");
-  }
-}
-
 void enqueue_(const Tensor& queue, const Tensor& pointer, const Tensor& keys) {
   check_device("enqueue_: pointer", pointer, queue);
   check_device("enqueue_: keys", keys, queue);
   const int64_t size = queue.size(0), cols = queue.size(1), count = keys.size(0), rows = std::min(count, size);
   const Device device(queue);
   auto* at = static_cast<int64_t*>(pointer.mutable_data_ptr());
-  with_element(queue, [&](auto q) {
-    with_element(keys, [&](auto s) {
+  with_element("enqueue_", queue, [&](auto q) {
+    with_element("enqueue_", keys, [&](auto s) {
       using Q = decltype(q);
       using S = decltype(s);
       constexpr int kWide = kWidth<Q, S>;
