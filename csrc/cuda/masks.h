@@ -209,7 +209,7 @@ class ThreadBlock {
 };
 
 template <typename Sample>
-__global__ void __launch_bounds__(Sample::kThreads)
+__global__ void __launch_bounds__(Sample::kThreads, 1)
     mask_kernel(const __grid_constant__ Sample sample, int64_t batch, char* scratch, int64_t bytes) {
   __shared__ ThreadBlock::Shared shared;
   const ThreadBlock team(shared);
