@@ -12,7 +12,7 @@ from typing import Any
 
 _DISTRACTORS = {"BLOCK_C": 32, "BLOCK_L": 128, "num_warps": 4}
 _ROW = {"BLOCK": 1024, "num_warps": 4}  # a program a row, in pieces
-_COMPLETE = {"BLOCK": 16, "BLOCK_D": 64, "num_warps": 4}
+_COMPLETE = {"BLOCK": 16, "BLOCK_D": 32, "num_warps": 4}
 _LARGEST = {"BLOCK": 4096, "num_warps": 8}  # one program
 _SAMPLED = {"ELEMENTS": 4096, "num_warps": 4}  # of the tile of gathered keys
 _TWO_VIEW = {
@@ -140,7 +140,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sm_90": {
         "distractors": _DISTRACTORS,
         "row": _ROW,
-        "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 4, 2)},
+        "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 8, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 8, 2)},
         "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
         "complete": _COMPLETE,
