@@ -90,7 +90,7 @@ def logits_kernel(
         tl.store(partial + strips * rows, tl.sum(e, 1), mask=n < left)
     if panel is not None:
         panel += begin.to(tl.int64) * panel_row + strip * BLOCK_M
-        at = tl.arange(0, BLOCK_N)[:, None] * panel_row + tl.arange(0, BLOCK_M)[None, :]
+        at = tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * panel_row + tl.arange(0, BLOCK_M)[None, :]
         tl.store(panel + at, e.to(panel.dtype.element_ty), mask=(n < left)[:, None] & (v < classes)[None, :])
 
 
