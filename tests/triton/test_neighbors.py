@@ -100,7 +100,7 @@ def test_the_centre_is_the_reference_s() -> None:
 def test_nan_wins(compare: Callable, metric: str) -> None:
     """The first of several, and first among the k best."""
     queries, keys = spread(9, 5), spread(90, 5)
-    keys[70, 1], keys[40, 3] = torch.nan, torch.nan
+    keys[70, 1], keys[40, 3] = torch.nan, torch.tensor(torch.nan).neg()  # of either sign
     queries[2, 0] = torch.nan
     compare("nearest", queries, keys, metric, False)
     compare("topk_similarity", queries, keys, 4, metric, False)
