@@ -134,7 +134,7 @@ template <typename T>
 StableIValue as_argument(const View<T>& v) {
   const i64 sizes[2] = {v.rows, v.cols}, strides[2] = {v.row_stride, v.col_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
       const_cast<T*>(v.data), 2, sizes, strides, 0,
       std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(),
       0, &handle, aoti_torch_layout_strided(), nullptr, 0));
@@ -144,8 +144,8 @@ StableIValue as_argument(const View<T>& v) {
 template <typename T>
 void multiply(const View<T>& out, const View<T>& a, const View<T>& b) {
   StableIValue stack[3] = {as_argument(a), as_argument(b), as_argument(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(stack[0])));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(stack[0])));
 }
 
 // f(t) for t in [0, count), one call a thread; inline where count is one or a parallel region is already open.

@@ -37,7 +37,7 @@ class Device {
   explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
     index_ = x.get_device_index();
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
