@@ -70,6 +70,7 @@ $(WHEEL)/torch-%:
 	grep -E '^(pytest|hypothesis)=' requirements-test.txt > $(WHEEL)/requirements.txt
 	$@/bin/python -m pip install --quiet torch==$* -r $(WHEEL)/requirements.txt dist/*.whl
 	cd $@ && PATH="$(abspath $@/bin)" CXX= python -m sslkernels info
+	cd $@ && $(abspath $@/bin/python) -c "import torch; from sslkernels._library import PROBLEMS as p; assert not p or not torch.version.cuda and 'cpu' not in p, p"
 	cd $@ && PATH="$(abspath $@/bin)" CXX= python -m pytest -c ../../../pyproject.toml --rootdir ../../.. -p no:cacheprovider -k "not inductor" ../../../tests/ops $(ARGS)
 
 build/toolkit/.done: requirements-nvcc.txt
