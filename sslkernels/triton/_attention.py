@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sslkernels.triton._gradients import NO_PARTNER, NO_SIDE, Side, Sweep, split_rarely, unit_of
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._lse import sweep
 from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, tiles, whole
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
@@ -120,14 +120,14 @@ def similarity_row_attention(
         weights.multiply(context)
         return row[0], top, context
     tile = tiles("attention", q, k, fits=True)
-    row_blocks = triton.cdiv(n, tile["BLOCK_N"])
-    splits, chunk = split_rarely(q, row_blocks, triton.cdiv(m, tile["BLOCK_M"]))
+    row_blocks = cdiv(n, tile["BLOCK_N"])
+    splits, chunk = split_rarely(q, row_blocks, cdiv(m, tile["BLOCK_M"]))
     row, top = empty(n), empty(n)
     parts = (row, top, context) if splits == 1 else (empty(splits, n), empty(splits, n), empty(splits, n, depth))
     sizes = n, m, depth, *q.stride(), *k.stride(), splits, chunk
     launch(attention_kernel, (row_blocks * splits,), q, k, scale_tensor, scale, *parts, *sizes, *rules, **tile)
     if splits > 1:
         block = shape("complete", q)
-        grid = triton.cdiv(n, block["BLOCK"]), max(triton.cdiv(depth, block["BLOCK_D"]), 1)
+        grid = cdiv(n, block["BLOCK"]), max(cdiv(depth, block["BLOCK_D"]), 1)
         launch(attention_merge_kernel, grid, *parts, row, top, context, n, depth, splits, **block)
     return row, top, context

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sslkernels.triton._attention import similarity_row_attention
 from sslkernels.triton._gradients import NO_PARTNER, NO_SIDE, Side, Sweep, gradients, unit_of
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._lse import sweep
 from sslkernels.triton._scores import load_rows, pairs
 from sslkernels.triton._sums import add_up, margin_loss
@@ -66,7 +66,7 @@ def margins(
     """The loss, a scalar tensor, of rows' log-sum-exps and positives; the tensors that are given are written."""
     n, loss = lse.shape[0], lse.new_empty(())
     block = shape("complete", lse) if context is not None else {"BLOCK_D": 16} | shape("row", lse)
-    programs = triton.cdiv(n, block["BLOCK"])
+    programs = cdiv(n, block["BLOCK"])
     sums = [x for x in (loss, dscale) if x is not None]
     partials = lse.new_empty(len(sums), programs)
     launch(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._lse import LEAST
 from sslkernels.triton._panel import add_product, panel_rows, panels, product
 from sslkernels.triton._scores import (
@@ -354,7 +354,7 @@ class Sweep(NamedTuple):
     def complete(self, part, splits: int, out, rows: slice, along: list[Tensor] | None) -> None:
         """The rows' gradient from their sums; what they give to the scale's is appended to `along`."""
         block = shape("complete", self.q)
-        programs = triton.cdiv(rows.stop - rows.start, block["BLOCK"])
+        programs = cdiv(rows.stop - rows.start, block["BLOCK"])
         dscale = None if along is None else _float32(self.q, programs)
         launch(
             complete_kernel, (programs,), part, self.q, self.k, *self.scale, *self.unit, *self.partner.arguments(), out,
@@ -373,8 +373,8 @@ class Sweep(NamedTuple):
             self.complete(None, 0, out, slice(0, n), along)
             return out
         tile = tiles("gradient", self.q, self.k, fits=True)
-        row_blocks = triton.cdiv(n, tile["BLOCK_N"])
-        splits, chunk = split_rarely(self.q, row_blocks, triton.cdiv(m, tile["BLOCK_M"]))
+        row_blocks = cdiv(n, tile["BLOCK_N"])
+        splits, chunk = split_rarely(self.q, row_blocks, cdiv(m, tile["BLOCK_M"]))
         part = _float32(self.q, splits, n, depth) if splits > 1 else None
         dscale = None if along is None or splits > 1 else _float32(self.q, row_blocks)
         launch(
@@ -390,7 +390,7 @@ class Sweep(NamedTuple):
         return out
 
     def weights(self, panel: Tensor, rows: slice, tile: dict) -> None:
-        blocks = triton.cdiv(rows.stop - rows.start, tile["BLOCK_N"]) * triton.cdiv(self.k.shape[0], tile["BLOCK_M"])
+        blocks = cdiv(rows.stop - rows.start, tile["BLOCK_N"]) * cdiv(self.k.shape[0], tile["BLOCK_M"])
         launch(
             lse_weights_kernel, (blocks,), self.q, self.k, *self.scale, self.betas, *self.unit, *self.rows.arguments(),
             *self.columns.arguments(), panel, rows.start, rows.stop, *self.sizes(), *self.rules, **tile,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
 
@@ -222,7 +222,7 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset,
     if n == 0 or m == 0:
         return row.fill_(-torch.inf), col.fill_(-torch.inf), positive, top.fill_(-torch.inf), scores
     tile = tiles("scores", q, k)
-    row_blocks, column_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
+    row_blocks, column_blocks = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
     splits, chunk = split(q, row_blocks, column_blocks)
     merged = splits > 1 or triangular
     row_part = empty(channels, splits, n) if merged else None
@@ -238,7 +238,7 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset,
     )  # fmt: skip
     if merged or columns or offset is not None:
         finish = shape("merge", q)
-        programs = triton.cdiv(n, finish["BLOCK"]) + (triton.cdiv(m, finish["BLOCK"]) if columns else 0)
+        programs = cdiv(n, finish["BLOCK"]) + (cdiv(m, finish["BLOCK"]) if columns else 0)
         launch(
             finish_kernel, (programs,), q, k, scale_tensor, scale, row_part, top_part, col_part, col_top_part,
             row, top, col if columns else None, None if offset is None else positive,

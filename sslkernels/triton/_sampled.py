@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._tiles import LN2, LOG2E, scalar
 
 
@@ -163,7 +163,7 @@ def sampled_logsumexp_backward(grad, q, k, indices, mask, scale_tensor, scale, l
     (n, columns), (keys, samples) = q.shape, (k.shape[0], indices.shape[1])
     want_q, want_k, want_scale = output_mask
     tile = _tile(columns, q, k)
-    parts = triton.cdiv(columns, tile["BLOCK_D"])
+    parts = cdiv(columns, tile["BLOCK_D"])
     dq = q.new_empty(q.shape) if want_q else None
     weights = grad.new_empty(n * samples) if want_k else None
     drawn = torch.empty_like(weights, dtype=torch.int32) if weights is not None else None

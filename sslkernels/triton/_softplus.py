@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES, add_product, panels, product
 from sslkernels.triton._scores import chunked, leave_out, pairs, products
 from sslkernels.triton._sums import add_up, logistic, softplus
@@ -112,7 +112,7 @@ def row_sums(q, k, scale_tensor, scale, bias_tensor, bias, rules):
     """sum_j softplus(s_ij + bias), (N,) float32."""
     (n, depth), m = q.shape, k.shape[0]
     tile = shape("softplus", q, k)
-    blocks, columns = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
+    blocks, columns = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
     chunk, chunks = _split(blocks, columns, q, 4)
     out = q.new_empty(chunks, n, dtype=torch.float32)
     launch(
@@ -143,9 +143,9 @@ def gradients(
     dtype = q.dtype if q.dtype == k.dtype else torch.float32
     spans = list(panels(n, m, dtype, PANEL_BYTES, tile["BLOCK_N"])) if mask[0] or mask[1] else [slice(0, n)]
     panel = q.new_empty(spans[0].stop, m, dtype=dtype) if mask[0] or mask[1] else None
-    blocks = triton.cdiv(spans[0].stop, tile["BLOCK_N"])
-    chunk, chunks = _split(blocks, triton.cdiv(m, tile["BLOCK_M"]), q, 16)
-    programs = triton.cdiv(blocks * chunks, 16) * 16  # a multiple, so that the kernel is not specialised on each
+    blocks = cdiv(spans[0].stop, tile["BLOCK_N"])
+    chunk, chunks = _split(blocks, cdiv(m, tile["BLOCK_M"]), q, 16)
+    programs = cdiv(blocks * chunks, 16) * 16  # a multiple, so that the kernel is not specialised on each
     partials = q.new_zeros(sum(x is not None for x in numbers), len(spans) * programs, dtype=torch.float32)
     into = iter(partials)
     places = [None if x is None else next(into) for x in numbers]
@@ -156,7 +156,7 @@ def gradients(
         dk_ = dk.new_empty(dk.shape, dtype=torch.float32)
     wide_q, wide_k = q.to(dtype), k.to(dtype)
     for i, span in enumerate(spans):
-        grid = (triton.cdiv(span.stop - span.start, tile["BLOCK_N"]) * chunks,)
+        grid = (cdiv(span.stop - span.start, tile["BLOCK_N"]) * chunks,)
         launch(
             softplus_kernel, grid, q, k, weight, panel, None, *places, scale_tensor, scale, bias_tensor, bias,
             uniform, *_scalar(lift), span.start, span.stop, m, depth, i * programs, chunk, chunks,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sslkernels.triton._cross_entropy import margins
 from sslkernels.triton._gradients import Partner, Side, Sweep, gradients, unit_of
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._lse import self_similarity_logsumexp
 from sslkernels.triton._rows import l2_normalize, normalize_backward_kernel
 from sslkernels.triton._scores import finite, leave_out, load_rows, pairs
@@ -160,7 +160,7 @@ def two_view_cross_entropy(out0, out1, weight, uniform_weight, scale_tensor, sca
         return _composed(out0, out1, weight, uniform_weight, scale_tensor, scale, decoupled, output_mask)
     blocks = {"BLOCK_N": tile["BLOCK_N"], "BLOCK_D": max(triton.next_power_of_2(depth), 16)}
     swept = blocks | {name: tile[name] for name in tile if name not in ("DEPTH", "BLOCK_N")}
-    programs = triton.cdiv(2 * n, tile["BLOCK_N"])
+    programs = cdiv(2 * n, tile["BLOCK_N"])
     empty = lambda *sizes: torch.empty(sizes, dtype=torch.float32, device=out0.device)  # noqa: E731
     z, norm, slope, partials = out0.new_empty(2 * n, depth), empty(2 * n), empty(2 * n), empty(2, programs)
     loss, lse, positive, top = empty(), empty(2 * n), empty(2 * n), empty(2 * n)
