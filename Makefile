@@ -24,7 +24,7 @@ demo: $(VENV)/.built $(VENV)/.demo
 test wheel: export OMP_NUM_THREADS ?= 1
 test wheel: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	$(BIN)/python -m benchmarks $(ARGS)
