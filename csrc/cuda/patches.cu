@@ -128,7 +128,8 @@ template <typename S, typename Out>
 bool direct(const Gather& g, bool wide) {
   constexpr int width = kVector<Out>;
   Axes axes(g.grid.shape, g.grid.stride, g.grid.dense(g.pixels.channels_last));
-  if (axes.step != 1 || !axes.widen_to(width, g.images.const_data_ptr(), sizeof(S), g.grid.places))
+  if (axes.step != 1 || !g.pixels.allows(width) ||
+      !axes.widen_to(width, g.images.const_data_ptr(), sizeof(S), g.grid.places))
     return false;
   const int lanes = group_of(axes.units);
   const unsigned blocks = blocks_of(g.ids.rows * g.ids.per_sample, kThreads / lanes);

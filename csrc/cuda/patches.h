@@ -99,7 +99,7 @@ __device__ inline void load(const void* base, Dtype dtype, int64_t at, T (&y)[wi
       if constexpr (std::is_same_v<T, double>)
         return load<double>(base, at, y);
       else
-        return;  // then T would be double
+        return;  // the launchers refuse it: then T is double
     default:
       return load<float>(base, at, y);
   }

@@ -74,7 +74,8 @@ Pixels::Pixels(const Tensor& images, const Optional& given, const Grid& grid, bo
 Source source_of(const Tensor& images, const Grid& grid, const Pixels& pixels, bool wide) {
   Source source{images.const_data_ptr(), Axes(grid.shape, grid.stride, grid.dense(pixels.channels_last)), pixels,
                 false};
-  source.vectors = !wide && source.axes.widen_to(kReadWidth, source.data, bytes_of(pixels.dtype), grid.places);
+  source.vectors = !wide && pixels.allows(kReadWidth) &&
+                   source.axes.widen_to(kReadWidth, source.data, bytes_of(pixels.dtype), grid.places);
   return source;
 }
 

@@ -289,7 +289,10 @@ std::tuple<Tensor, Tensor> masked_patch_loss(const Tensor& pred, const Tensor& i
 Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images, const Tensor& ids,
                                   std::vector<int64_t> patch, int64_t normalize, double eps, bool l1,
                                   bool channels_last, const Optional& mean_std) {
-  return with_sweep(pred, images, ids, patch, channels_last, mean_std, [&](auto, const auto& sweep) {
+  return with_sweep(pred, images, ids, patch, channels_last, mean_std, [&](auto zero, const auto& sweep) {
+    constexpr bool wide = std::is_same_v<decltype(zero), double>;
+    STD_TORCH_CHECK(wide || grad.scalar_type() != ScalarType::Double,
+                    "grad must not be wider than what the loss is computed in");
     STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == ids.size(0) && grad.size(1) == ids.size(1),
                     "grad must have a number for each id");
     check_device("grad", grad, pred);

@@ -33,6 +33,9 @@ struct Pixels {
     return channels_last ? value - q * period.divisor : q;
   }
 
+  // Whether `n` adjacent values that begin at a multiple of `n` need one row of the table, or are known to turn.
+  bool allows(int n) const { return mean_std == nullptr || channels_last || period.divisor % n == 0; }
+
   // What pixels of one unit are worth, that are values `first`, `first` + `step`, ... of their patch.
   template <typename T, typename S, int width>
   __device__ void values(const Vector<S, width>& x, const T* table, uint32_t first, int64_t step, T (&y)[width]) const {

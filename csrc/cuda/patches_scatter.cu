@@ -255,7 +255,8 @@ Tensor gather_patches_backward(const Tensor& grad, const Optional& ids_tensor, s
   Axes axes(grid.shape, grid.stride, grid.dense(channels_last));
   const bool even = axes.step == 1 && strides.column == 1 &&
                     aligned(grad.const_data_ptr(), 4 * bytes_of(from), bytes_of(from), {strides.batch, strides.row});
-  const bool vectors = even && axes.widen_to(4, out.const_data_ptr(), bytes_of(pixels.dtype), grid.places);
+  const bool vectors =
+      even && pixels.allows(4) && axes.widen_to(4, out.const_data_ptr(), bytes_of(pixels.dtype), grid.places);
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = vectors ? &sum_patches_kernel<T, 4> : &sum_patches_kernel<T, 1>;

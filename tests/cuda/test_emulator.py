@@ -57,6 +57,13 @@ __global__ void divergent_kernel() {
   __syncwarp();
 }
 
+// who reads before thread 0 has written is left to chance: a barrier is missing
+__global__ void race_kernel(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 42;
+  out[threadIdx.x] = value;
+}
+
 __global__ void write_kernel(char* at) { *at = 1; }
 
 int main(int, char** arguments) {
@@ -74,6 +81,11 @@ int main(int, char** arguments) {
     unsigned out[3];
     emulator::run(1, 32, 0, [&] { partial_kernel(out); });
     std::printf("%x %u %u\n", out[0], out[1], out[2]);
+  } else if (test == "race") {
+    int out[256], late = 0;
+    emulator::run(1, 256, 0, [&] { race_kernel(out); });
+    for (int x : out) late += x == 42;
+    std::printf("%s\n", late > 0 && late < 256 ? "seen" : "hidden");
   } else if (test == "divergent") {
     emulator::run(1, 64, 0, [&] { divergent_kernel(); });
   } else {
@@ -109,6 +121,7 @@ def run(program: Path, test: object) -> subprocess.CompletedProcess[str]:
         ("sum", str(sum(i * i for i in range(100)))),
         ("poison", "7f7f7f7f " * 4),  # what the first block wrote is gone in the second
         ("partial", "55550055 7 24"),
+        ("race", "seen"),
         (0, "fine"),
         (99, "fine"),
     ],

@@ -81,6 +81,9 @@ SHAPES = [
     ((3, 1, 10, 15), (1, 5, 5)),
     ((1, 4, 4, 16, 8), (2, 8, 4)),
     ((2, 5, 3, 2), (1, 1, 1)),
+    # one patch an image: channels and rows are one axis, whose vectors could span two channels
+    ((2, 4, 5, 12), (1, 5, 12)),
+    ((2, 2, 7, 2), (1, 7, 2)),
 ]
 LAYOUTS = ["planes", "pixels", "sliced", "unaligned", "expanded"]
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA as the kernels of csrc/cuda use it, on the CPU: blocks one after another, the threads of a block as fibers that
-// change hands at barriers and shuffles. Slow and exact: what it computes, a GPU computes, races between blocks aside.
+// change hands at barriers and shuffles, in an order that is drawn anew each time. Slow and exact: what it computes, a
+// GPU computes, and what threads of a block leave to chance shows; races between blocks do not.
 // Shared memory is poisoned for every block, and a write beside a tensor of an op's own ends the process.
 #pragma once
 
@@ -16,6 +17,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
+#include <random>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -61,6 +65,8 @@ struct Block {
   int running = 0, current = 0;
   std::vector<uint64_t> exchange;
   std::vector<char> shared;
+  std::vector<int> order;   // in which threads run
+  std::minstd_rand random;  // of a fixed seed: a failure comes again
   jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
 };
@@ -127,10 +133,14 @@ inline void run_block(int threads) {
     fiber.alive = true;
     fiber.started = false;
   }
+  block.order.resize(threads);
+  std::iota(block.order.begin(), block.order.end(), 0);
   while (block.running > 0) {
     const unsigned opened = progress();
     const int running = block.running;
-    for (int t = 0; t < threads; ++t) {
+    for (int i = threads - 1; i > 0; --i)
+      std::swap(block.order[i], block.order[block.random() % static_cast<unsigned>(i + 1)]);
+    for (int t : block.order) {
       if (!block.fibers[t].alive)
         continue;
       block.current = t;
@@ -268,10 +278,6 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned delta) {
   return emulator::shuffle(value, [=](int lane) { return lane - static_cast<int>(delta); });
 }
-template <typename T>
-T __shfl_sync(unsigned, T value, int source) {
-  return emulator::shuffle(value, [=](int) { return source; });
-}
 
 inline unsigned __ballot_sync(unsigned, int predicate) {
   using emulator::block;
@@ -287,12 +293,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   emulator::wait(block.warps[warp], block.alive[warp]);
   return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <typename T>
@@ -301,25 +303,9 @@ T atomicAdd(T* address, T value) {
   *address += value;
   return before;
 }
-template <typename T>
-T atomicMin(T* address, T value) {
-  const T before = *address;
-  *address = value < before ? value : before;
-  return before;
-}
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline double __dsub_rn(double a, double b) { return a - b; }
-inline double __ddiv_rn(double a, double b) { return a / b; }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-inline double __dsqrt_rn(double a) { return std::sqrt(a); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
