@@ -15,8 +15,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def precision() -> str:
-    """How float32 operands are multiplied: exactly, or as tf32 where torch.set_float32_matmul_precision allows it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 operands are multiplied: exactly, or as tf32 where torch allows it, by whichever of its settings."""
+    # torch.get_float32_matmul_precision raises where the user has chosen by fp32_precision; this follows both
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
