@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive primitives: log-sum-exps and softplus sums of scaled similarities s_ij = scale * <q_i, k_j>.
 
-The N x M matrix is swept in tiles and not stored (below 4 MiB it is kept for backward, which is faster). Features may
-be float32, float64, bfloat16 or float16, mixed and strided; arithmetic is float32 (float64 if any is float64), and so
-are the results. `scale` and `bias` are Python numbers or tensors of one element, which then get their gradient. Under
-autocast features are cast and nothing else is. Double backward raises. NaN in gives NaN out.
+The N x M matrix is swept in tiles and not stored (on the CPU it is kept for backward below 4 MiB, which is faster).
+Features may be float32, float64, bfloat16 or float16, mixed and strided; arithmetic is float32 (float64 if any is
+float64), and so are the results. `scale` and `bias` are Python numbers or tensors of one element, which then get their
+gradient. Under autocast features are cast and nothing else is. Double backward raises. NaN in gives NaN out.
 Definitions in plain PyTorch: `sslkernels.reference.contrastive`.
 """
 
@@ -77,8 +77,10 @@ def _split(x: Tensor | float) -> tuple[Tensor | None, float]:
     return (x, 1.0) if isinstance(x, Tensor) else (None, float(x))
 
 
-def _keep(n: int, m: int, wanted: Sequence[bool], dtype: torch.dtype) -> bool:
-    return any(wanted) and n * m * dtype.itemsize <= KEPT_BYTES
+def _keep(q: Tensor, k: Tensor, wanted: Sequence[bool]) -> bool:
+    """Whether backward is to read the scores: a GPU's kernels always compute them again."""
+    size = q.shape[0] * k.shape[0] * compute_dtype(q, k).itemsize
+    return any(wanted) and q.device.type == "cpu" and size <= KEPT_BYTES
 
 
 def l2_normalize(*xs: Tensor, eps: float = EPS) -> Tensor:
@@ -158,7 +160,7 @@ def similarity_logsumexp(
     if not columns and scales is None and not return_positive and not wanted[1] and any(wanted):
         row, top, _ = op.attention(q, k, *pair, *exclude)
         return (row, None, top) if return_max else (row, None)
-    kept = _keep(q.shape[0], k.shape[0], wanted, compute_dtype(q, k))
+    kept = _keep(q, k, wanted)
     row, col, positive, top, _ = op.lse(q, k, *pair, *exclude, multipliers, columns, kept, offset)
     if scales is None:
         row, col = row[0], col[0] if columns else None
@@ -212,7 +214,7 @@ def self_similarity_logsumexp(
     offset = exclude.period if return_positive else None
     multipliers = _multipliers(scales)
     (z,) = cast_features(z, autocast=autocast)
-    kept = _keep(z.shape[0], z.shape[0], wants_grad(z, scale), compute_dtype(z))
+    kept = _keep(z, z, wants_grad(z, scale))
     pairs = (exclude.diagonal, exclude.period, exclude.query_groups, exclude.key_mask, exclude.differ)
     lse, positive, top, _ = op.self_lse(z, *_split(scale), *pairs, multipliers, kept, offset)
     lse = lse[0] if scales is None else lse

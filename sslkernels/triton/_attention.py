@@ -113,7 +113,7 @@ def similarity_row_attention(
     if n == 0 or m == 0:
         return *(empty(n).fill_(-torch.inf) for _ in range(2)), context.zero_()
     if not whole("attention", q, k):
-        row, _, _, top, _ = sweep(q, k, scale_tensor, scale, rules, (1.0,), False, False, None)
+        row, _, _, top = sweep(q, k, scale_tensor, scale, rules, (1.0,), False, None)
         side = Side(row)
         unit = unit_of(q, k, (1.0,), side, NO_SIDE)
         weights = Sweep(q, k, (scale_tensor, scale), (1.0,), unit, side, NO_SIDE, NO_PARTNER, rules)

@@ -95,7 +95,7 @@ def similarity_cross_entropy(
         )  # fmt: skip
         return loss, row, top, dq, empty(False), dpositive, dscale
     rules = pairs(*exclude, n=n, m=k.shape[0])
-    row, _, _, top, _ = sweep(q, k, scale_tensor, scale, rules, (1.0,), False, False, None)
+    row, _, _, top = sweep(q, k, scale_tensor, scale, rules, (1.0,), False, None)
     slope = empty(want_k, n)
     loss = margins(row[0], *losses, slope if want_k else None, dpositive if want_positive else None)
     if not want_k:

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sslkernels.reference import _contrastive as reference
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
@@ -27,7 +28,7 @@ LEAST = tl.constexpr(1e-30)
 
 @triton.jit
 def sweep_kernel(
-    q, k, scale_tensor, scale, betas, row_lse, row_max, col_lse, col_max, scores,
+    q, k, scale_tensor, scale, betas, row_lse, row_max, col_lse, col_max,
     n, m, depth, q_row, q_column, k_row, k_column, splits, chunk,
     diagonal, period, query_groups, key_groups, query_mask, key_mask, DIFFER: tl.constexpr,
     TRIANGULAR: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,11 +61,6 @@ def sweep_kernel(
             s * scale2, rows, columns, n, m,
             diagonal, period, query_groups, key_groups, query_mask, key_mask, DIFFER,
         )  # fmt: skip
-        inside = (rows < n)[:, None] & (columns < m)[None, :]
-        if scores is not None:
-            tl.store(scores + rows[:, None].to(tl.int64) * m + columns[None, :], s * LN2, mask=inside)
-            if TRIANGULAR:
-                tl.store(scores + rows[:, None] + columns[None, :].to(tl.int64) * m, s * LN2, mask=inside)
         higher = tl.maximum(high, tl.max(s, 1))
         added = ()
         if col_lse is None:
@@ -213,14 +209,14 @@ def split(x, row_blocks: int, tiles: int, most: int = 16) -> tuple[int, int]:
     return -(-tiles // chunk), chunk
 
 
-def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset, triangular=False):
-    """(row_lse, col_lse, positive, row_max, scores) as the schema of similarity_logsumexp says."""
+def sweep(q, k, scale_tensor, scale, rules, betas, columns, offset, triangular=False):
+    """(row_lse, col_lse, positive, row_max) as the schema of similarity_logsumexp says."""
     (n, depth), m, channels = q.shape, k.shape[0], len(betas)
     empty = lambda *sizes: torch.empty(sizes, dtype=torch.float32, device=q.device)  # noqa: E731
     row, top, positive = empty(channels, n), empty(n), empty(0 if offset is None else n)
-    col, scores = empty(channels, m) if columns else empty(0), empty(n, m) if keep_scores else empty(0)
+    col = empty(channels, m) if columns else empty(0)
     if n == 0 or m == 0:
-        return row.fill_(-torch.inf), col.fill_(-torch.inf), positive, top.fill_(-torch.inf), scores
+        return row.fill_(-torch.inf), col.fill_(-torch.inf), positive, top.fill_(-torch.inf)
     tile = tiles("scores", q, k)
     row_blocks, column_blocks = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
     splits, chunk = split(q, row_blocks, column_blocks)
@@ -232,8 +228,7 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset,
     sizes = n, m, depth, *q.stride(), *k.stride(), splits
     launch(
         sweep_kernel, (row_blocks * splits,), q, k, scale_tensor, scale, tuple(betas),
-        row_part if merged else row, top_part if merged else top, col_part, col_top_part,
-        scores if keep_scores else None, *sizes, chunk, *rules,
+        row_part if merged else row, top_part if merged else top, col_part, col_top_part, *sizes, chunk, *rules,
         TRIANGULAR=triangular, UNIT=1.0 if merged else LN2.value, **tile,
     )  # fmt: skip
     if merged or columns or offset is not None:
@@ -244,7 +239,7 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, keep_scores, offset,
             row, top, col if columns else None, None if offset is None else positive,
             *sizes, row_blocks, offset, CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_N"], **finish,
         )  # fmt: skip
-    return row, col, positive, top, scores
+    return row, col, positive, top
 
 
 def similarity_logsumexp(
@@ -252,7 +247,11 @@ def similarity_logsumexp(
     scales, columns, keep_scores, offset,
 ):  # fmt: skip
     rules = pairs(diagonal, period, query_groups, key_groups, key_mask, differ, n=q.shape[0], m=k.shape[0])
-    return sweep(q, k, scale_tensor, scale, rules, scales, columns, keep_scores, offset)
+    out = sweep(q, k, scale_tensor, scale, rules, scales, columns, offset)
+    if not keep_scores:
+        return *out, _no_scores(q)
+    arguments = q, k, scale_tensor, scale, diagonal, period, query_groups, key_groups, key_mask, differ, scales
+    return *out, reference.lse_forward(*arguments, False, True, None)[-1]
 
 
 def self_similarity_logsumexp(
@@ -260,5 +259,13 @@ def self_similarity_logsumexp(
 ):
     m = z.shape[0]
     rules = pairs(diagonal, period, groups, groups, key_mask, differ, n=m, m=m, query_mask=key_mask)
-    row, _, *rest = sweep(z, z, scale_tensor, scale, rules, scales, False, keep_scores, offset, triangular=True)
-    return row, *rest
+    row, _, *rest = sweep(z, z, scale_tensor, scale, rules, scales, False, offset, triangular=True)
+    if not keep_scores:
+        return row, *rest, _no_scores(z)
+    arguments = z, scale_tensor, scale, diagonal, period, groups, key_mask, differ, scales, True, None
+    return row, *rest, reference.self_lse_forward(*arguments)[-1]
+
+
+def _no_scores(like):
+    """No backward on a GPU reads scores; who asks for them gets the reference's."""
+    return torch.empty(0, dtype=torch.float32, device=like.device)

@@ -16,9 +16,10 @@ import pytest
 import torch
 from contrastive_cases import OPS, POSITIVES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkernels import _library
-from sslkernels.ops import Exclude
+from sslkernels.ops import Exclude, self_similarity_logsumexp, similarity_logsumexp
 from sslkernels.ops.contrastive import KEPT_BYTES
 
 ALL = {**OPS, **POSITIVES}
@@ -117,6 +118,29 @@ def test_kept_scores_give_the_gradients_of_computed_ones(monkeypatch: pytest.Mon
             computed = cases.evaluate(op.ours, tensors, cotangents, **options)
         for key, gradient in kept.gradients.items():
             torch.testing.assert_close(gradient, computed.gradients[key], rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
+
+
+class Kept(TorchDispatchMode):
+    """The sizes of the scores that log-sum-exps keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.name().endswith("similarity_logsumexp"):
+            self.sizes.append(out[-1].numel())
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_the_processor_keeps_scores(device: str) -> None:
+    z = torch.empty(6, 4, device=device).zero_().requires_grad_()
+    with Kept() as kept:
+        similarity_logsumexp(z, z[:3])
+        self_similarity_logsumexp(z)
+    assert kept.sizes == ([18, 36] if device == "cpu" else [0, 0])
 
 
 # instruction sets
