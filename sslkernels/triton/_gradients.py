@@ -441,7 +441,9 @@ def gradients(sweep: Sweep, want_q: bool, want_k: bool, want_scale: bool, share:
     """dq, dk and dscale (a share of the sum), empty where they are not wanted."""
     q, k = sweep.q, sweep.k
     along: list[Tensor] = []
-    if q.shape[0] == 0 or k.shape[0] == 0:
+    if not (want_q or want_k or want_scale):
+        dq = dk = None
+    elif q.shape[0] == 0 or k.shape[0] == 0:
         dq, dk = (
             x.new_zeros(x.shape, dtype=sweep.dtype(x)) if wanted else None for x, wanted in ((q, want_q), (k, want_k))
         )

@@ -134,7 +134,7 @@ def gradients(
     shapes = [shape if want else (0,) for shape, want in zip((q.shape, k.shape, (), ()), mask)]
     dq, dk, *numbers = (q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
     numbers = [loss, *(x if want else None for x, want in zip(numbers, mask[2:]))]
-    if n == 0 or m == 0:
+    if n == 0 or m == 0 or (loss is None and not any(mask)):
         for x in (dq, dk, *numbers):
             if x is not None:
                 x.zero_()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslkernels.triton import _gradients, _panel, contrastive
+from sslkernels.triton import _gradients, _launch, _panel, contrastive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -145,6 +145,24 @@ def test_logsumexp_scales(compare: Callable, scales: tuple, d: int) -> None:
 def test_logsumexp_of_what_is_asked(compare: Callable, asked: tuple, mask: tuple, d: int) -> None:
     q, k = features(17, 21, d, torch.float32)
     check_logsumexp(compare, q, k, offset=4, asked=asked, mask=mask)
+
+
+@pytest.mark.parametrize("d", [64, 512])
+def test_nothing_is_launched_for_no_gradient(d: int) -> None:
+    z, grad = torch.empty(300, d, dtype=torch.bfloat16, device="meta"), torch.empty(1, 300, device="meta")
+    options, number = (None, 1.0, *NOTHING), torch.empty((), device="meta")
+    with _launch.record("sm_90") as calls:
+        found = (
+            contrastive.similarity_logsumexp_backward(
+                grad, grad, None, z, z, *options, (1.0,), None, grad, grad, number, (False,) * 3
+            ),
+            contrastive.self_similarity_logsumexp_backward(
+                grad, None, z, None, 1.0, 0, None, None, None, False, (1.0,), None, grad, number, (False,) * 2
+            ),
+            contrastive.similarity_softplus_backward(grad[0], z, z, None, 1.0, None, 1.0, *NOTHING, (False,) * 4),
+        )
+    assert not calls
+    assert not any(x.numel() for xs in found for x in xs)
 
 
 @pytest.mark.parametrize("d", [8, 40])
