@@ -39,6 +39,7 @@ class Contender:
     changes: tuple[str, ...] = ()
     real: bool = False  # a package as it is installed, where the others restate what it does
     limit: float = LIMIT  # the relative error up to which it is timed
+    ignores: tuple[str, ...] = ()  # leaves of which it computes no gradient
 
     def compiled(self) -> Contender:
         return replace(self, name=f"{self.name}+compile", source=f"compiled: {self.source}", compile=True)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,6 +159,9 @@ def _load_triton() -> Problem | None:
         return Problem(f"torch {torch.__version__} is built without CUDA")
     if importlib.util.find_spec("triton") is None:
         return Problem("Triton is not installed", "Run: pip install triton")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        # it compiles the C stub of each launch
+        return Problem("Triton needs a C compiler, and none was found", "Run: apt-get install gcc python3-dev")
     for name, module in KERNELS.items():
         if not has_kernel(name, "cuda"):
             LIBRARY.impl(name, _launcher(name, module), "CUDA")

@@ -119,4 +119,7 @@ def _devices() -> list[str]:
 def _gpu(device: torch.device) -> str:
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     missing = "" if _library.runs_triton(device) else ", too old for the Triton kernels"
+    built = _library.built_for()[1] if _library.path("cuda").is_file() and torch.version.cuda else []
+    if built and min(built) > 100 * int(capability.split(".")[0]) + 10 * int(capability.split(".")[1]):
+        missing += ", older than any that the CUDA library was built for: build again with SSLKERNELS_CUDA=0"
     return f"{device} {torch.cuda.get_device_name(device)} (compute capability {capability}{missing})"

@@ -54,11 +54,14 @@ def apex_average(targets: list[Tensor], sources: list[Tensor], momentum: float) 
     return targets
 
 
-def real(name: str, call: Callable[..., Any], source: str) -> Contender:
-    return Contender(name, call, source, real=True, limit=ROUNDED)
+def real(name: str, call: Callable[..., Any], source: str, ignores: tuple[str, ...] = ()) -> Contender:
+    return Contender(name, call, source, real=True, limit=ROUNDED, ignores=ignores)
 
 
-MEMEFF = real("memeff", memeff, "memeff, MemoryEfficientCLIPLoss(stable=False), as installed")
+MEMEFF = real(
+    "memeff", memeff, "memeff, MemoryEfficientCLIPLoss(stable=False), as installed; no gradient of the scale",
+    ignores=("logit_scale",),
+)  # fmt: skip
 INF_CL = real("inf-cl", inf_cl, "inf_cl, cal_flash_loss, as installed")
 SIGLIP_KERNEL = real("siglip-kernel", siglip_kernel, "siglip_kernel, fused_siglip_loss, as installed")
 LIGER = real("liger", liger, "liger_kernel, LigerFusedLinearCrossEntropyLoss, as installed")

@@ -3,7 +3,7 @@
 
 usage: python -m benchmarks.gpu [--minutes 8.5] [--no-build] [--no-tests] [--case NAME ...] [--docs]
 
-Needs a torch with CUDA, nvcc, pytest and hypothesis, and nothing else. Results go to
+Needs a torch with CUDA, nvcc, pytest and hypothesis; the picture needs matplotlib. Results go to
 `benchmarks/results/gpu-DEVICE.{json,md,png}`, or into the folder that --out names. `--docs` measures nothing: it puts
 the table into docs/gpu.md, from the results that are there or, without any, as not measured yet.
 """
@@ -52,6 +52,7 @@ def run(command: list[str], limit: float, **environment: str) -> int:
 
 def build() -> int:
     major, minor = torch.cuda.get_device_capability()
+    (machine.ROOT / ".venv/.built").unlink(missing_ok=True)  # make's: what is built here serves this GPU alone
     choices = {"SSLKERNELS_CUDA": "1", "SSLKERNELS_CUDA_ARCHITECTURES": f"{major}{minor}"}
     return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BUILD, **choices)
 
@@ -70,11 +71,13 @@ def test(limit: float) -> dict[str, int]:
 
 
 def publish(results: dict[str, Any], folder: Path) -> None:
-    from benchmarks.plot import draw
-
     path = folder / f"gpu-{results['machine']['name']}.json"
     path.write_text(dump(results))
-    draw(results, path.with_suffix(".png"), regime="gpu")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        from benchmarks.plot import draw
+
+        draw(results, path.with_suffix(".png"), regime="gpu")
     facts, rates = results["machine"], results["ceilings"]
     made = next(iter(results["cases"].values()))["provenance"]
     head = (
@@ -88,7 +91,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
         for name, found in record["check"].items()
         if not found["ok"]
     ]
-    parts = [head, f"![speed and memory]({path.stem}.png)", goals(results), times_table(results, "gpu")]
+    parts = [head, *[f"![speed and memory]({path.stem}.png)"] * drawn, goals(results), times_table(results, "gpu")]
     parts += ["Left out:\n\n" + "\n".join(left)] if left else []
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
@@ -120,8 +123,8 @@ def main() -> int:
         return 1
     start = time.monotonic()
     end = start + 60 * chosen.minutes
-    status = 0 if chosen.no_build else build()
-    if status:
+    if not chosen.no_build and (status := build()):
+        print(f"the build failed; nothing was measured:\n\n{goals(None)}")
         return status
     tests = {} if chosen.no_tests else test(TESTS)
     from benchmarks.gpu import measure  # after the build, so that the compiled kernels are loaded

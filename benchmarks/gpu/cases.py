@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.case import Case, Contender, Goal, faster, memory, within
+from benchmarks.case import LIMIT, Case, Contender, Goal, faster, memory, within
 from benchmarks.cases import contrastive, correlation, distillation, ema, patches, tokens
 from benchmarks.contenders import contrastive as contrastive_forms
 from benchmarks.contenders import correlation as correlation_forms
@@ -55,6 +55,12 @@ class GpuCase:
 def loose(*forms: Contender) -> tuple[Contender, ...]:
     """Judged as 16 bits allow; logits that are rounded to them cost the others more (open_clip's gradients 2.3e-2)."""
     return tuple(replace(form, limit=peers.ROUNDED if form.name == OURS else THEIRS) for form in forms)
+
+
+def exact(gpu: GpuCase) -> GpuCase:
+    """A float32 case is judged by the limits of its contenders."""
+    forms = tuple(replace(form, limit=LIMIT) for form in gpu.case.contenders)
+    return replace(gpu, case=replace(gpu.case, contenders=forms))
 
 
 def sized(case: Case, forms: tuple[Contender, ...], *goals: Goal) -> Case:
@@ -106,7 +112,7 @@ def sinkhorn(B: int, K: int, *goals: Goal) -> GpuCase:
     case = next(case for case in distillation.CASES if case.name == "sinkhorn_knopp")
     forms = by_name(codes_forms.SINKHORN, "sslkernels", "dinov2", "lightly", "lean")
     case = sized(replace(case, name=f"sinkhorn_knopp-{B}-{K}", shape={"B": B, "K": K}), forms, *goals)
-    return GpuCase(case, torch.float32, bytes=2 * 4 * B * K)
+    return exact(GpuCase(case, torch.float32, bytes=2 * 4 * B * K))
 
 
 def gather(B: int, pixels: int, *goals: Goal) -> GpuCase:
@@ -123,7 +129,7 @@ def average(D: int, blocks: int, *goals: Goal) -> GpuCase:
     case = next(case for case in ema.CASES if case.name == "ema_update-float32")
     case = sized(replace(case, shape={"D": D, "blocks": blocks}, memory=False), forms, *goals)
     count = sum(math.prod(shape) for shape in ema.vit(D, blocks))
-    return GpuCase(case, torch.float32, bytes=3 * 4 * count)
+    return exact(GpuCase(case, torch.float32, bytes=3 * 4 * count))
 
 
 def vocabulary(N: int, D: int, V: int, *goals: Goal) -> GpuCase:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import _library
 from sslkernels._random import seed_tensor
 from sslkernels.ops._registry import define
 from sslkernels.reference import masks as reference
@@ -35,11 +36,16 @@ def on_host(seed: int | Tensor | None, generator: torch.Generator | None) -> boo
 
 
 def moved(x: Tensor, device: Device) -> Tensor:
-    """x on `device`, without waiting for what the device is doing."""
+    """x on `device`, without waiting for what the device is doing.
+
+    A CUDA graph would replay the copy and not the draw, out of memory that is given back: refused.
+    """
     target = torch.device("cpu" if device is None else device)
     if target.type == "cpu":
         return x
     pinned = target.type == "cuda" and not torch.compiler.is_compiling()
+    if pinned and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a mask that is drawn on the host cannot be captured in a CUDA graph: draw it before")
     return (x.pin_memory() if pinned else x).to(target, non_blocking=True)
 
 
@@ -236,8 +242,8 @@ def block_mask(
         ratio: r itself, or (low, high).
         aspect: the smallest and the largest h / w.
         attempts: draws for one block before the sample is left as it is.
-        batch_size, device, generator, seed: as in `random_mask`. A seed that the host knows is used on the host,
-            where this is fastest, and the mask is then sent to the device.
+        batch_size, device, generator, seed: as in `random_mask`. On a device without a compiled kernel the mask is
+            drawn on the host, if that knows the seed, and sent over.
 
     Returns:
         (B, H, W) bool, True where hidden.
@@ -271,7 +277,9 @@ def block_mask(
     narrow, wide = check.interval("aspect", aspect, 0.0, math.inf)
     check.integer("attempts", attempts, 1)
     check.in_range("probability", probability, 0.0, math.nextafter(1.0, 2.0))
-    host = on_host(seed, generator)
+    target = torch.device("cpu" if device is None else device).type
+    # where only the reference serves, the host is faster, if it knows the seed
+    host = on_host(seed, generator) and "block_mask" not in _library.COMPILED.get(target, ())
     mask = _block(
         *(seed_tensor(seed, generator, None if host else device), batch_size, height, width, low, high),
         *(float(min_patches), float(max_patches), math.log(narrow), math.log(wide), attempts, float(probability)),

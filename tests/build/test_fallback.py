@@ -122,6 +122,14 @@ def test_without_triton_its_ops_say_so(library: Path, monkeypatch: pytest.Monkey
     assert "Triton is not installed: the plain PyTorch reference serves cuda tensors" in said(BY_TRITON, on("cuda"))
 
 
+def test_triton_needs_a_c_compiler(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_library.shutil, "which", lambda name: None)
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
+    problem = _library._load_triton()
+    assert problem is not None and "C compiler" in problem.reason and "gcc" in problem.remedy
+
+
 def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "runs_triton", lambda device: False)
     assert "cuda:0 is older than compute capability 8.0, which Triton's" in said(BY_TRITON, on("cuda"))

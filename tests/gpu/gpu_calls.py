@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every differentiable op, and the searches, by one convention: what it is called with, and which inputs are leaves."""
+"""Every op but masks and what works in place, by one convention: what it is called with, which inputs are leaves."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def leaves_of(inputs: Inputs) -> list[Tensor]:
 
 
 def cotangent(x: Tensor) -> Tensor:
-    """Between 0.5 and 1.5, the same on every device."""
-    return (0.5 + torch.arange(x.numel(), device=x.device) * 0.618 % 1).view(x.shape).to(x.dtype)
+    """Between 0.5 and 1.5, the same on every device and in every dtype: no rounding."""
+    drawn = 0.5 + torch.arange(x.numel(), device=x.device, dtype=torch.float64) * 0.618 % 1
+    return ((128 * drawn).round() / 128).view(x.shape).to(x.dtype)
 
 
 def pair(n: int, m: int, d: int, size: float = 3.0) -> Inputs:
@@ -114,6 +115,12 @@ def skipgram_inputs() -> Inputs:
 
 def sampled_inputs() -> Inputs:
     return pair(200, 300, 96) | {"indices": torch.randint(300, (200, 40)), "mask": torch.rand(200, 40) < 0.8}
+
+
+def apart(n: int, m: int, d: int) -> Inputs:
+    """Queries beside keys of their own, far from all others."""
+    k = torch.randn(m, d)
+    return {"q": k[torch.arange(n) * 3 % m] + 0.1 * torch.randn(n, d), "k": k}
 
 
 QKS = ("q", "k", "scale")
@@ -264,6 +271,19 @@ CALLS: dict[str, Call] = {
     "skipgram": Call(
         lambda u, v, inputs, outputs, negatives: ops.skipgram(u, v, inputs, outputs, negatives),
         skipgram_inputs, ("u", "v"),
+    ),
+    "skipgram sparse": Call(
+        lambda u, v, inputs, outputs, negatives: ops.skipgram(u, v, inputs, outputs, negatives, sparse=True),
+        skipgram_inputs, ("u", "v"),
+    ),
+    # far apart, so that rounding changes no choice
+    "nearest": Call(lambda q, k: ops.nearest(q, k), lambda: apart(64, 300, 48)),
+    "nearest dot": Call(lambda q, k: ops.nearest(q, k, metric="dot"), lambda: apart(5, 4000, 48)),
+    "topk_similarity": Call(
+        lambda q, k: ops.topk_similarity(q, k, 1, metric="cosine"), lambda: apart(64, 300, 48)
+    ),
+    "topk_similarity panel": Call(
+        lambda q, k: ops.topk_similarity(q, k, 40)[0], lambda: {"q": torch.randn(33, 48), "k": torch.randn(500, 48)}
     ),
     "distractor_counts": Call(
         lambda lengths: ops.distractor_counts(lengths, 60, 20, seed=3),

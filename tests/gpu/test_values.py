@@ -28,14 +28,17 @@ def floats(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda")
 
 
-BAD: dict[str, Callable[[int], Any]] = {
-    "sampled_logsumexp": lambda bad: ops.sampled_logsumexp(floats(4, 8), floats(5, 8), ids(bad, 4, 3)),
-    "gather_patches": lambda bad: ops.gather_patches(floats(2, 3, 32, 32), ids(bad, 2, 3), 16),
-    "gather_tokens": lambda bad: ops.gather_tokens(floats(2, 6, 8), ids(bad, 2, 3)),
-    "masked_patch_loss": lambda bad: ops.masked_patch_loss(floats(2, 3, 768), floats(2, 3, 32, 32), ids(bad, 2, 3), 16),
-    "masked_regression": lambda bad: ops.masked_regression(floats(2, 3, 8), floats(2, 6, 8), ids(bad, 2, 3)),
-    "linear_cross_entropy": lambda bad: ops.linear_cross_entropy(floats(4, 8), floats(9, 8), ids(bad, 4)),
-    "skipgram": lambda bad: ops.skipgram(floats(5, 8), floats(6, 8), ids(bad, 4), ids(1, 4), ids(1, 4, 2)),
+BAD: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+    "sampled_logsumexp": lambda x: ops.sampled_logsumexp(floats(4, 8), floats(5, 8), x(4, 3)),
+    "gather_patches": lambda x: ops.gather_patches(floats(2, 3, 32, 32), x(2, 3), 16),
+    "embed_patches": lambda x: ops.embed_patches(floats(2, 3, 32, 32), x(2, 3), floats(8, 3, 16, 16)),
+    "gather_tokens": lambda x: ops.gather_tokens(floats(2, 6, 8), x(2, 3)),
+    "restore_tokens": lambda x: ops.restore_tokens(floats(2, 3, 8), x(2, 3), floats(1, 1, 8), length=6),
+    "permute_patches": lambda x: ops.permute_patches(floats(2, 3, 32, 32), x(2, 4), 16),
+    "masked_patch_loss": lambda x: ops.masked_patch_loss(floats(2, 3, 768), floats(2, 3, 32, 32), x(2, 3), 16),
+    "masked_regression": lambda x: ops.masked_regression(floats(2, 3, 8), floats(2, 6, 8), x(2, 3)),
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(floats(4, 8), floats(9, 8), x(4)),
+    "skipgram": lambda x: ops.skipgram(floats(5, 8), floats(6, 8), x(4), x(4).clamp(0, 4), x(4, 2).clamp(0, 4)),
 }
 
 
@@ -45,18 +48,26 @@ def no_sync() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def made(name: str, bad: int) -> Callable[[], Any]:
+    """The call, its ids made before: to make them waits for the device."""
+    kept: dict[tuple[int, ...], Tensor] = {}
+    return lambda: BAD[name](lambda *shape: kept.setdefault(shape, ids(bad, *shape)))
+
+
 @pytest.mark.parametrize("bad", [-1, 7000, FAR, -FAR])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_ids_give_nan(name: str, bad: int, no_sync: None) -> None:
-    BAD[name](1)
-    BAD[name](bad)
-    torch.cuda.synchronize()  # an illegal access would show here
-    out = BAD[name](bad)
+    made(name, 1)()
+    call = made(name, bad)
+    assert call().isnan().any()  # an illegal access would show here
+    torch.cuda.set_sync_debug_mode("error")
+    out = call()
+    torch.cuda.set_sync_debug_mode("default")
     assert out.isnan().any()
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_ids_are_refused_when_asked(name: str) -> None:
-    BAD[name](1)
+    made(name, 1)()
     with sslkernels.check_values(), pytest.raises(ValueError, match=r"-5|out of range|expected"):
-        BAD[name](-5)
+        made(name, -5)()
