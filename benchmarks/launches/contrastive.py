@@ -42,6 +42,14 @@ def _clip(n: int, d: int) -> Callable[[torch.dtype], None]:
     return launch
 
 
+def _groups_of_rows(dtype: torch.dtype) -> None:
+    """More rows and columns than partial results of all at once have memory for."""
+    if dtype != torch.bfloat16:
+        return
+    q = _features(1 << 18, 512, dtype)
+    contrastive.similarity_logsumexp(q, q, None, 10.0, *NOTHING, (1.0,), True, False, None)
+
+
 def _nt_xent(dtype: torch.dtype) -> None:
     if dtype == torch.float16:  # as bfloat16
         return
@@ -121,6 +129,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "l2_normalize": _normalize,
     "clip": _clip(32_768, 512),
     "clip_narrow": _clip(4_096, 128),
+    "groups_of_rows": _groups_of_rows,
     "nt_xent": _nt_xent,
     "queue": _queue(128),
     "queue_wide": _queue(1_024),

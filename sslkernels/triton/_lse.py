@@ -3,7 +3,8 @@
 
 A program takes one block of rows over a chunk of key tiles, with the rows' running maxima and sums in registers. What
 others must add to, it leaves as a log-sum-exp of its own: rows one for each chunk, columns one for each block of rows,
-4 bytes a number, which `finish_kernel` merges. Columns this way cost 4 N M / 128 bytes, against a second sweep's
+4 bytes a number, which `finish_kernel` merges; what columns leave is bounded by sweeping groups of rows, after each of
+which `fold_kernel` merges what there is. Columns this way cost 4 N M / 128 bytes, against a second sweep's
 2 N M D operations: at N = M = 32,768, D = 512 that is 34 MB written and read (20 us) for 1.7 ms. A self-similarity
 sweeps the tiles on and above the diagonal: a tile's columns are the rows of its mirror image.
 CLIP at that size on an H100: 1.1e12 operations (1.7 ms at 650 TFLOP/s) and two exp2 an element (0.6 ms), which a second
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from sslkernels.reference import _contrastive as reference
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
+from sslkernels.triton._panel import PANEL_BYTES
 from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
 
@@ -29,14 +31,18 @@ LEAST = tl.constexpr(1e-30)
 @triton.jit
 def sweep_kernel(
     q, k, scale_tensor, scale, betas, row_lse, row_max, col_lse, col_max,
-    n, m, depth, q_row, q_column, k_row, k_column, splits, chunk,
+    n, m, depth, q_row, q_column, k_row, k_column, splits, first, blocks, base, slots, chunk,
     diagonal, period, query_groups, key_groups, query_mask, key_mask, DIFFER: tl.constexpr,
     TRIANGULAR: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """UNIT: of the rows' log-sum-exps and maxima, LN2 where they are final, 1 where they are merged."""
-    row_blocks = tl.cdiv(n, BLOCK_N)
-    i, part, begin, end = chunked(tl.program_id(0), row_blocks, tl.cdiv(m, BLOCK_M), splits, chunk, GROUP)
+    """A group of blocks of rows; what block first + i leaves of its columns goes to slot base + i of `slots`.
+
+    UNIT: of the rows' log-sum-exps and maxima, LN2 where they are final, 1 where they are merged.
+    """
+    i, part, begin, end = chunked(tl.program_id(0), blocks, tl.cdiv(m, BLOCK_M), splits, chunk, GROUP)
+    slot = base + i
+    i += first
     if TRIANGULAR:
         begin = tl.maximum(begin, i * (BLOCK_N // BLOCK_M))
     rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,7 +81,7 @@ def sweep_kernel(
             for channel in tl.static_range(len(betas)):
                 new, lse = both_sums(s, higher, top, tl.maximum(betas[channel], LEAST), WHOLE)
                 added += (new,)
-                at = (channel * row_blocks + i).to(tl.int64) * m + columns
+                at = (channel * slots + slot).to(tl.int64) * m + columns
                 tl.store(col_lse + at, lse, mask=stored)
                 if channel == 0 and col_max is not None:
                     tl.store(col_max + at, tl.where(lse != lse, lse, top), mask=stored)
@@ -131,9 +137,38 @@ def rebased(sums, added, high, higher, betas):
 
 
 @triton.jit
+def swept(x, first, blocks, base, TRIANGULAR: tl.constexpr, TILE: tl.constexpr):
+    """How many slots of a column x hold something, after a group of blocks of rows."""
+    if TRIANGULAR:
+        # those before the row of the same number have swept it as a column
+        blocks = tl.minimum(tl.maximum(x // TILE - first, 0), blocks)
+    return base + blocks + tl.zeros_like(x)
+
+
+@triton.jit
+def fold_kernel(
+    part, max_part, m, first, blocks, base, slots,
+    CHANNELS: tl.constexpr, TRIANGULAR: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merges what a group of blocks of rows has left of the columns into slot 0, which is part of it."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = swept(columns, first, blocks, base, TRIANGULAR, TILE)
+    for channel in tl.static_range(CHANNELS):
+        high = tl.full((BLOCK,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        high, total = merge(part, channel * slots, count, columns, m, high, total, SLOTS)
+        at = (channel * slots + tl.zeros_like(columns)).to(tl.int64) * m + columns
+        tl.store(part + at, finite(high) + tl.log2(total), mask=columns < m)
+    if max_part is not None:
+        top = tl.full((BLOCK,), -float("inf"), tl.float32)
+        tl.store(max_part + columns, merge_max(max_part, count, columns, m, top, SLOTS), mask=columns < m)
+
+
+@triton.jit
 def finish_kernel(
     q, k, scale_tensor, scale, row_part, row_max_part, col_part, col_max_part, row_lse, row_max, col_lse, positive,
-    n, m, depth, q_row, q_column, k_row, k_column, splits, row_blocks, offset,
+    n, m, depth, q_row, q_column, k_row, k_column, splits, first, blocks, base, slots, offset,
     CHANNELS: tl.constexpr, TRIANGULAR: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -143,14 +178,13 @@ def finish_kernel(
     if program < row_programs:
         rows = program * BLOCK + tl.arange(0, BLOCK)
         if row_part is not None:
-            mirrored = rows // TILE
+            mirrored = swept(rows, first, blocks, base, TRIANGULAR, TILE)
             for channel in tl.static_range(CHANNELS):
                 high = tl.full((BLOCK,), -float("inf"), tl.float32)
                 total = tl.zeros((BLOCK,), tl.float32)
                 high, total = merge(row_part, channel * splits, splits, rows, n, high, total, SLOTS)
                 if TRIANGULAR:
-                    # blocks of rows before a row's own have swept it as a column
-                    high, total = merge(col_part, channel * row_blocks, mirrored, rows, m, high, total, SLOTS)
+                    high, total = merge(col_part, channel * slots, mirrored, rows, m, high, total, SLOTS)
                 lse = (finite(high) + tl.log2(total)) * LN2
                 tl.store(row_lse + channel * n + rows, lse, mask=rows < n)
                 if channel == 0:
@@ -170,10 +204,11 @@ def finish_kernel(
     else:
         if col_lse is not None:
             columns = (program - row_programs) * BLOCK + tl.arange(0, BLOCK)
+            count = swept(columns, first, blocks, base, False, TILE)
             for channel in tl.static_range(CHANNELS):
                 high = tl.full((BLOCK,), -float("inf"), tl.float32)
                 total = tl.zeros((BLOCK,), tl.float32)
-                high, total = merge(col_part, channel * row_blocks, row_blocks, columns, m, high, total, SLOTS)
+                high, total = merge(col_part, channel * slots, count, columns, m, high, total, SLOTS)
                 tl.store(col_lse + channel * m + columns, (finite(high) + tl.log2(total)) * LN2, mask=columns < m)
 
 
@@ -203,9 +238,13 @@ def merge_max(part, slots, x, count, high, SLOTS: tl.constexpr):
     return high
 
 
-def split(x, row_blocks: int, tiles: int, most: int = 16) -> tuple[int, int]:
-    """(parts, tiles in each) of a row of tiles: two programs a multiprocessor, or `most` tiles each."""
+def split(x, row_blocks: int, tiles: int, size: int, most: int = 16) -> tuple[int, int]:
+    """(parts, tiles in each) of a row of tiles: two programs a multiprocessor, or `most` tiles each.
+
+    `size`: bytes that one part of all rows takes; more tiles in each, where the parts would not fit their memory.
+    """
     chunk = min(max(row_blocks * tiles // (2 * multiprocessors(x)), 1), most)
+    chunk = max(chunk, cdiv(tiles, max(PANEL_BYTES // size, 1)))
     return -(-tiles // chunk), chunk
 
 
@@ -219,25 +258,40 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, offset, triangular=F
         return row.fill_(-torch.inf), col.fill_(-torch.inf), positive, top.fill_(-torch.inf)
     tile = tiles("scores", q, k)
     row_blocks, column_blocks = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
-    splits, chunk = split(q, row_blocks, column_blocks)
+    splits, chunk = split(q, row_blocks, column_blocks, 4 * (channels + 1) * n)
     merged = splits > 1 or triangular
     row_part = empty(channels, splits, n) if merged else None
     top_part = empty(splits, n) if merged else None
-    col_part = empty(channels, row_blocks, m) if columns or triangular else None
-    col_top_part = empty(row_blocks, m) if triangular else None
+    by_columns = columns or triangular
+    group = min(max(PANEL_BYTES // (4 * (channels + triangular) * m), 1), row_blocks) if by_columns else row_blocks
+    base = int(group < row_blocks)  # slot 0 holds what earlier groups have left
+    slots = base + group
+    col_part = empty(channels, slots, m) if by_columns else None
+    col_top_part = empty(slots, m) if triangular else None
     sizes = n, m, depth, *q.stride(), *k.stride(), splits
-    launch(
-        sweep_kernel, (row_blocks * splits,), q, k, scale_tensor, scale, tuple(betas),
-        row_part if merged else row, top_part if merged else top, col_part, col_top_part, *sizes, chunk, *rules,
-        TRIANGULAR=triangular, UNIT=1.0 if merged else LN2.value, **tile,
-    )  # fmt: skip
+    finish = shape("merge", q)
+    for first in range(0, row_blocks, group):
+        place = first, min(group, row_blocks - first), base, slots
+        launch(
+            sweep_kernel, (place[1] * splits,), q, k, scale_tensor, scale, tuple(betas),
+            row_part if merged else row, top_part if merged else top, col_part, col_top_part, *sizes, *place, chunk,
+            *rules, TRIANGULAR=triangular, UNIT=1.0 if merged else LN2.value, **tile,
+        )  # fmt: skip
+        if first + group < row_blocks:
+            if first == 0:
+                for part in (col_part, col_top_part):
+                    if part is not None:
+                        part[..., 0, :] = -torch.inf
+            launch(
+                fold_kernel, (cdiv(m, finish["BLOCK"]),), col_part, col_top_part, m, *place,
+                CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_N"], **finish,
+            )  # fmt: skip
     if merged or columns or offset is not None:
-        finish = shape("merge", q)
         programs = cdiv(n, finish["BLOCK"]) + (cdiv(m, finish["BLOCK"]) if columns else 0)
         launch(
             finish_kernel, (programs,), q, k, scale_tensor, scale, row_part, top_part, col_part, col_top_part,
             row, top, col if columns else None, None if offset is None else positive,
-            *sizes, row_blocks, offset, CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_N"], **finish,
+            *sizes, *place, offset, CHANNELS=channels, TRIANGULAR=triangular, TILE=tile["BLOCK_N"], **finish,
         )  # fmt: skip
     return row, col, positive, top
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sslkernels.triton import _gradients, _launch, _panel, contrastive
+from sslkernels.triton import _gradients, _launch, _lse, _panel, contrastive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -188,6 +189,43 @@ def test_gradients_in_panels(compare: Callable, monkeypatch: pytest.MonkeyPatch)
     check_logsumexp(compare, q, k, rules=(1, *NOTHING[1:]), offset=1)
     compare("similarity_row_attention", q, k, None, 3.0, 1, *NOTHING[1:])
     check_self(compare, k, (None, 3.0), period=18)
+
+
+@pytest.mark.parametrize(("blocks", "d"), [(1, 40), (2, 8)])
+def test_logsumexps_in_groups_of_rows(compare: Callable, monkeypatch: pytest.MonkeyPatch, d: int, blocks: int) -> None:
+    """Columns' partial results of so many blocks of rows fit the memory; some columns are left out in a whole group."""
+    n, m = 101, 37
+    monkeypatch.setattr(_lse, "PANEL_BYTES", blocks * 2 * m * 4)
+    q, k = features(n, m, d, torch.float32)
+    q[3] *= 1e3
+    k[5, 0] = torch.nan
+    groups = torch.arange(n) // 40, torch.arange(m) % 3
+    rules = (None, None, *groups, None, True)
+    compare("similarity_logsumexp", q, k, None, 3.0, *rules, (1.0, 0.5), True, False, None)
+    monkeypatch.setattr(_lse, "PANEL_BYTES", blocks * 3 * n * 4)
+    mask = torch.rand(n) < 0.7
+    q[70, 0] = torch.inf
+    compare("self_similarity_logsumexp", q, None, 3.0, 0, 50, None, mask, False, (1.0, 0.5), False, None)
+
+
+def test_partial_results_fit_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    new = torch.empty
+
+    def noted(*sizes: Any, **options: Any) -> Tensor:
+        made.append(new(*sizes, **options).nbytes)
+        return new(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    q = new(1 << 20, 512, dtype=torch.bfloat16, device="meta")
+    with _launch.record("sm_90") as calls:
+        contrastive.similarity_logsumexp(q, q, None, 1.0, *NOTHING, (1.0,), True, False, None)
+        contrastive.self_similarity_logsumexp(q, None, 1.0, 0, None, None, None, False, (1.0,), False, None)
+    assert max(made) <= (512 << 20) + 4 * len(q)
+    assert len(calls) > 100
+    with _launch.record("sm_90") as calls:
+        contrastive.similarity_logsumexp(q[:65536], q[:65536], None, 1.0, *NOTHING, (1.0,), True, False, None)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("d", [16, 40])
