@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from sslkernels import _library
 from sslkernels.triton import _launch, _softplus, _two_view
-from tests.triton.conftest import TOLERANCE, launcher
+from tests.triton.conftest import REFERENCE, TOLERANCE, launcher, tensors
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SAME = [(dtype, dtype) for dtype in (F32, BF16, F16)]
@@ -281,6 +283,41 @@ def test_two_view_carries_nan(compare: Callable) -> None:
     out0, out1 = torch.randn(2, 9, 7)
     out0[3, 2] = torch.nan
     compare_views(compare, out0, out1, None, 0.1, None, 5.0, False, [True] * 3)
+
+
+# numbers and vectors of another precision than the features
+
+
+NUMBER, ROWS = torch.tensor([2.0], dtype=torch.float64), torch.linspace(0.1, 1.0, 17, dtype=torch.float64)
+WIDE: dict[str, tuple] = {
+    "similarity_logsumexp": (NUMBER, 1.0, *PAIRS[1], (1.0,), True, False, 0),
+    "similarity_row_attention": (NUMBER, 1.0, *PAIRS[1]),
+    "similarity_softplus": (NUMBER, 1.0, NUMBER, 1.0, *PAIRS[1]),
+    "similarity_softplus_sum": (ROWS, 1.0, NUMBER, 1.0, NUMBER[0], 1.0, *PAIRS[1], [True] * 4),
+    "similarity_cross_entropy": (ROWS, ROWS, 1.0, NUMBER, 1.0, *PAIRS[1], False, [True] * 4),
+    "two_view_cross_entropy": (torch.cat([ROWS, ROWS]), 1.0, NUMBER, 1.0, False, [True] * 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, which announces itself
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_float64_numbers_beside_narrower_features(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Triton serves them, and what comes out is as wide as what the op says."""
+    q, k = features(17, 8, dtype), features(17, 8, dtype)
+    monkeypatch.setattr(_library, "runs_triton", lambda device: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        expected = getattr(torch.ops.sslkernels, name)(q, k, *WIDE[name])
+    with _launch.record("sm_90") as calls:
+        found = _library._launcher(name, "contrastive")(q, k, *WIDE[name])
+    assert calls
+    assert [(x.shape, x.dtype) for x in tensors(found)] == [(x.shape, x.dtype) for x in tensors(expected)]
+    values = launcher(name)(q, k, *WIDE[name])
+    exact = getattr(torch.ops.sslkernels, name).default.redispatch(REFERENCE, q.double(), k.double(), *WIDE[name])
+    for a, b in zip(tensors(values), tensors(exact), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-2, atol=2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
