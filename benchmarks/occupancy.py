@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel ahead of time, for each architecture, dtype and launch shape. Needs no GPU.
 
-usage: python -m benchmarks.occupancy [FAMILY ...] [--target sm_90 ...] [--jobs N] [--json FILE] [--docs]
+usage: python -m benchmarks.occupancy [FAMILY ...] [--target sm_90 ...] [--jobs N] [--json FILE]
 
 The launches of `benchmarks/launches` are recorded on meta tensors, so what is compiled is what would run. The table
 shows, of the worst specialization of each kernel, registers a thread, spilled bytes and shared memory a block.

@@ -2,9 +2,11 @@
 """Redundancy reduction: norms of products a^T b over the batch, and the losses made of them, in the smaller space.
 
 ||a^T b||_F^2 = <a a^T, b b^T>_F: where the batch is smaller than the width, the N x N form costs a fraction of the
-D x D form in time and memory. Features may be float32, float64, bfloat16 or float16, mixed and strided; arithmetic is
-float32 (float64 if any is float64), and so are the results. Nothing is cast under autocast. Gradients are computed with
-the value, where anyone wants them. Double backward raises. NaN in gives NaN out.
+D x D form in time and memory. Features may be float32, float64, bfloat16 or float16, mixed and strided; sums are
+float32 (float64 if any is float64), and so are the results. On a GPU the products are of 16-bit operands where the
+features have 16 bits, and where one column's variance is nearly the whole norm, the batch's form loses digits there.
+Nothing is cast under autocast. Gradients are computed with the value, where anyone wants them. Double backward raises.
+NaN in gives NaN out.
 Definitions in plain PyTorch: `sslkernels.reference.correlation`.
 """
 
@@ -90,7 +92,8 @@ def two_view_correlation(x: Tensor, y: Tensor, lambda_param: float = 5e-3, eps: 
         c     = standardize(x, eps)^T standardize(y, eps) / N
         value = sum_d (1 - c_dd)^2 + lambda_param * sum_{d != e} c_de^2
 
-    Neither c nor the standardised views are stored where N is at most about D / 2; else c is, in panels.
+    c is not stored where N is at most about D / 2, and in panels beyond. On a CPU the standardised views are not
+    either; on a GPU they are.
 
     Args:
         x, y: the two views, (N, D), N > 0 and D > 0. Gradient to both.

@@ -37,7 +37,7 @@ def nearest(
 
     Args:
         queries: (N, D).
-        keys: (M, D), M > 0; None: the queries themselves, at half the work.
+        keys: (M, D), M > 0; None: the queries themselves, at half the work on a CPU.
         exclude_self: leave out key i for query i; the queries are the keys, or their first N rows.
 
     Returns:

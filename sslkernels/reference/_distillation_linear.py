@@ -58,6 +58,8 @@ def forward(student, weight, teacher, teacher_weight, center, row_weight, *rest)
     loss, mean, _, g = soft.forward([x], [t], *options, [any(mask), return_center])
     none = loss.new_empty(0)
     dstudent = g @ weight.to(g.dtype) if mask[0] else none
+    if row_weight is not None:  # of what does not count not even a NaN: 0 * NaN is one
+        student = student.masked_fill((row_weight == 0)[:, None], 0.0)
     dweight = g.flatten(0, 1).T @ student.flatten(0, 1).to(g.dtype) if mask[1] else none
     return loss, mean, dstudent, dweight
 

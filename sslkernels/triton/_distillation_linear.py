@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.triton._distillation_rows import LOG2E, LOWEST, Peaks, center_strides, mean_rows
+from sslkernels.triton._distillation_rows import LOWEST, Peaks, center_strides, mean_rows
 from sslkernels.triton._distillation_soft import share_numbers
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES, add_product, panels, product
 from sslkernels.triton._scores import products
-from sslkernels.triton._tiles import log1p, precision
+from sslkernels.triton._tiles import LOG2E, log1p, precision
 
 SMALLEST = 32 << 20  # bytes of a panel that are always allowed: less launches more, and more leaves the L2 cache
 
@@ -222,12 +222,12 @@ def _find_peaks(hidden, weight, center, temperature, batch):
     """Peaks of the rows of hidden weight^T - center."""
     n, (columns, depth) = hidden.shape[0], weight.shape
     options = _products_options("prototypes", hidden, weight)
-    blocks, tiles = -(-n // options["BLOCK_N"]), -(-columns // options["BLOCK_M"])
+    blocks, tiles = cdiv(n, options["BLOCK_N"]), cdiv(columns, options["BLOCK_M"])
     tiles_a_part = -(-tiles // max(1, min(tiles, 2 * multiprocessors(hidden) // blocks, 256)))
-    parts = -(-tiles // tiles_a_part)
+    parts = cdiv(tiles, tiles_a_part)
     top, rest = hidden.new_empty(2, parts, n, dtype=torch.float32).unbind()
     found = top, rest, hidden.new_empty(parts, n, dtype=torch.int32)
-    factor = LOG2E / temperature
+    factor = LOG2E.value / temperature
     sizes = factor, n, batch, columns, depth, tiles_a_part * options["BLOCK_M"]
     strides = *hidden.stride(), *weight.stride(), *center_strides(center)
     views = center is not None and center.shape[0] > 1
@@ -236,7 +236,7 @@ def _find_peaks(hidden, weight, center, temperature, batch):
     top, excess = hidden.new_empty(2, n, dtype=torch.float32).unbind()
     peaks = Peaks(top, excess, hidden.new_empty(n, dtype=torch.int32))
     tile = {"PARTS": triton.next_power_of_2(parts), "BLOCK": 16, "num_warps": 4}
-    launch(merge_peaks_kernel, (-(-n // 16),), *found, *peaks, factor, n, parts, **tile)
+    launch(merge_peaks_kernel, (cdiv(n, 16),), *found, *peaks, factor, n, parts, **tile)
     return peaks
 
 
@@ -244,7 +244,7 @@ def _mean_logits(teacher, weight):
     mean = mean_rows(teacher)
     out = weight.new_empty(weight.shape[0], dtype=torch.float32)
     tile = shape("column_sums", weight)
-    grid = (-(-weight.shape[0] // tile["BLOCK_R"]),)
+    grid = (cdiv(weight.shape[0], tile["BLOCK_R"]),)
     launch(weigh_kernel, grid, weight, mean, out, *weight.shape, *weight.stride(), **tile)
     return out
 
@@ -266,6 +266,9 @@ def linear_soft_cross_entropy(
 
     # hidden rows are small, so that they are put together
     h, g = student.reshape(n, depth), teacher.reshape(teachers * batch, -1)
+    counted = h
+    if row_weight is not None:  # of what does not count not even a NaN: 0 * NaN is one
+        counted = student.masked_fill((row_weight == 0)[:, None], 0.0).reshape(n, depth)
     narrow = student.dtype == weight.dtype
     dtype = student.dtype if narrow else torch.float32
     steepness = teachers / student_temp / 2**15 if dtype == torch.float16 else 0.0
@@ -285,28 +288,28 @@ def linear_soft_cross_entropy(
     probabilities = h.new_empty((teachers + 1) * batch * most, dtype=torch.float32)
     partial = h.new_empty(most // block + 1, n, dtype=torch.float32)
     losses = h.new_empty(len(cuts), dtype=torch.float32)
-    s_blocks, t_blocks = -(-n // s_options["BLOCK_N"]), -(-batch // t_options["BLOCK_N"])
+    s_blocks, t_blocks = cdiv(n, s_options["BLOCK_N"]), cdiv(batch, t_options["BLOCK_N"])
     ends = *teacher_weight.stride(), *center_strides(center)
     several = center is not None and center.shape[0] > 1
     for cut, loss in zip(cuts, losses.unbind()):
         begin, width = cut.start, cut.stop - cut.start
-        tiles = -(-width // block)
-        operands = g, teacher_weight, center, t_peaks.top, t_peaks.excess, probabilities, LOG2E / teacher_temp
+        tiles = cdiv(width, block)
+        operands = g, teacher_weight, center, t_peaks.top, t_peaks.excess, probabilities, LOG2E.value / teacher_temp
         sizes = batch, teachers, begin, columns, g.shape[1], width, *g.stride(), *ends
-        grid = (t_blocks * -(-width // t_options["BLOCK_M"]),)
+        grid = (t_blocks * cdiv(width, t_options["BLOCK_M"]),)
         launch(probabilities_kernel, grid, *operands, *sizes, VIEWS=several, **t_options)
         slopes = memory[: n * width].view(-1, width)
         written = slopes if gradients else None
         operands = h, weight, probabilities, row_weight, numbers, written, partial, *s_peaks, *t_peaks[1:]
         sizes = n, batch, teachers, excluded, begin, columns, depth, width
         strides = *h.stride(), *weight.stride(), 0 if row_weight is None else row_weight.stride(0), width
-        factors = norm, scale, LOG2E / student_temp, 1 / student_temp
+        factors = norm, scale, LOG2E.value / student_temp, 1 / student_temp
         launch(slopes_kernel, (s_blocks * tiles,), *operands, *factors, *sizes, *strides, **s_options)
         torch.sum(partial[:tiles], (0, 1), out=loss)
         if output_mask[0]:
             add_product(dstudent, slopes, weight[cut], first=begin == 0)
         if output_mask[1]:
-            product(slopes.T, h, out=dweight[cut])
+            product(slopes.T, counted, out=dweight[cut])
     if steepness:
         for x, wanted in zip((dstudent, dweight), output_mask):
             if wanted:

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
+from sslkernels.triton._tiles import LOG2E
 
 LOWEST = tl.constexpr(-3.4028234e38)  # no element of a row yet: nothing is infinity less infinity
-LOG2E = 1.4426950408889634
 
 
 class Peaks(NamedTuple):
@@ -143,7 +143,7 @@ def find_peaks(xs, center, temperature, row_weight=None):
     first = 0
     for x in xs:
         own = (p[first:] for p in peaks)
-        sizes = LOG2E / temperature, x.shape[0], batch, columns, *x.stride(), *strides
+        sizes = LOG2E.value / temperature, x.shape[0], batch, columns, *x.stride(), *strides
         launch(peak_kernel, (x.shape[0] * batch,), x, center, row_weight, *own, *sizes, **shape("row_peak", x))
         first += x.shape[0] * batch
     return peaks
@@ -152,7 +152,7 @@ def find_peaks(xs, center, temperature, row_weight=None):
 def softmax_rows(x, center, temperature):
     """softmax((x - center) / temperature) of (T, B, V), float32, with a centre (1, V) or (T, V)."""
     out = x.new_empty(x.shape, dtype=torch.float32)
-    sizes = LOG2E / temperature, *x.shape[1:], *x.stride(), *center_strides(center)
+    sizes = LOG2E.value / temperature, *x.shape[1:], *x.stride(), *center_strides(center)
     launch(softmax_kernel, (x.shape[0] * x.shape[1],), x, center, out, *sizes, **shape("row_peak", x))
     return out
 
@@ -161,10 +161,10 @@ def mean_rows(x):
     """(V,), the mean over the first two dimensions of (T, B, V), in float32."""
     rows, columns = x.shape[0] * x.shape[1], x.shape[2]
     tile = shape("column_sums", x)
-    blocks = -(-columns // tile["BLOCK_C"])
+    blocks = cdiv(columns, tile["BLOCK_C"])
     # enough programs to fill the device, and no more parts than there are tiles of rows
-    parts = max(1, min(2 * multiprocessors(x) // blocks, -(-rows // tile["BLOCK_R"])))
-    each = -(-rows // parts)
+    parts = max(1, min(2 * multiprocessors(x) // blocks, cdiv(rows, tile["BLOCK_R"])))
+    each = cdiv(rows, parts)
     out = x.new_empty(parts, columns, dtype=torch.float32)
     factor = 1 / rows if rows else float("nan")
     sizes = factor if parts == 1 else 1.0, max(x.shape[1], 1), rows, columns, each, *x.stride()

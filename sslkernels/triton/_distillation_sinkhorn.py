@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton._distillation_rows import LOG2E, find_peaks, softmax_rows
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._distillation_rows import find_peaks, softmax_rows
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
+from sslkernels.triton._tiles import LOG2E
 
 SHORT = 4096  # a row that a program holds whole has at most as many elements
 
@@ -172,17 +173,17 @@ def _cut(x: Tensor, whole: bool) -> _Tiles:
     tile = shape("sinkhorn", x)
     width = max(16, triton.next_power_of_2(columns)) if whole else tile["BLOCK_C"]
     height = max(1, tile["TILE"] // width)
-    blocks, tiles = -(-columns // width), -(-rows // height)
+    blocks, tiles = cdiv(columns, width), cdiv(rows, height)
     parts = max(1, min(tiles, 4 * multiprocessors(x) // (blocks * views)))
-    each = -(-tiles // parts) * height
-    return _Tiles(height, width, tile["num_warps"], blocks, -(-rows // each), each)
+    each = cdiv(tiles, parts) * height
+    return _Tiles(height, width, tile["num_warps"], blocks, cdiv(rows, each), each)
 
 
 class _Sweeps:
     """A matrix with its rows along the long side, and what an iteration does to the potentials of its columns."""
 
     def __init__(self, x: Tensor, epsilon: float, ratio: float, row_ratio: float, whole: bool):
-        self.x, self.tiles, self.factor = x, _cut(x, whole), LOG2E / epsilon
+        self.x, self.tiles, self.factor = x, _cut(x, whole), LOG2E.value / epsilon
         self.ratio, self.row_ratio = ratio, row_ratio  # what sums of columns and of rows are multiplied by
         shape_of_partial = x.shape[0], self.tiles.parts, x.shape[2]
         self.best, self.total = x.new_empty(2, *shape_of_partial, dtype=torch.float32).unbind()
@@ -209,11 +210,11 @@ class _Sweeps:
         operands = self.best, self.total, before, self.potential
         tile = shape("sinkhorn_merge", self.x)
         sizes = self.factor, self.ratio, columns, cut.parts
-        launch(merge_kernel, (-(-columns // tile["BLOCK_C"]), views), *operands, *sizes, LOGS=logs, **tile)
+        launch(merge_kernel, (cdiv(columns, tile["BLOCK_C"]), views), *operands, *sizes, LOGS=logs, **tile)
 
     def codes(self, row_potential, out):
         cut, (views, rows, columns) = self.tiles, self.x.shape
-        programs = -(-rows // cut.BLOCK_R)
+        programs = cdiv(rows, cut.BLOCK_R)
         sizes = self.turn(programs), self.factor, rows, columns, *self.x.stride(), *out.stride()
         operands = self.x, self.potential, row_potential, out
         launch(codes_kernel, (programs, views), *operands, *sizes, **cut.options)

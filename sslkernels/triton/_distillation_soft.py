@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from sslkernels.triton._distillation_rows import (
-    LOG2E,
     as_views,
     center_strides,
     find_peaks,
@@ -26,8 +25,8 @@ from sslkernels.triton._distillation_rows import (
     mean_rows,
     softmax_rows,
 )
-from sslkernels.triton._launch import launch, shape
-from sslkernels.triton._tiles import log1p
+from sslkernels.triton._launch import cdiv, launch, shape
+from sslkernels.triton._tiles import LOG2E, log1p
 
 
 @triton.jit
@@ -174,7 +173,7 @@ class _Visit:
         self.excluded = min(self.count, len(self.teacher)) if exclude else 0
         self.pairs = self.count * len(self.teacher) - self.excluded
         self.tile = shape("meet", self.students[0], self.teacher)
-        self.parts = -(-self.width // self.tile["BLOCK"])
+        self.parts = cdiv(self.width, self.tile["BLOCK"])
 
     def partial(self):
         return self.teacher.new_empty(self.count, self.batch, self.parts, dtype=torch.float32)
@@ -186,7 +185,7 @@ class _Visit:
             *find_peaks(self.students, None, student_temp, self.row_weight),
             *find_peaks([self.teacher], self.center, teacher_temp, self.row_weight),
         ]
-        factors = norm, scale, LOG2E / student_temp, LOG2E / teacher_temp, 1 / student_temp
+        factors = norm, scale, LOG2E.value / student_temp, LOG2E.value / teacher_temp, 1 / student_temp
         weight_stride = 0 if self.row_weight is None else self.row_weight.stride(0)
         ends = *center_strides(self.center), weight_stride, *((0, 0) if upstream is None else upstream.stride())
         first = 0

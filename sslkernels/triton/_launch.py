@@ -34,9 +34,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def shape(kind: str, *operands: Tensor) -> dict[str, int]:
-    """Tile sizes, `num_warps` and `num_stages` of a kind of kernel: from the table, by architecture and operands."""
-    row = SHAPES[_assumed or _architecture(operands[0].device)][kind]
-    return row[max(x.element_size() for x in operands)] if isinstance(next(iter(row)), int) else row
+    """Tile sizes, `num_warps` and `num_stages` of a kind of kernel: from the table, by architecture and operands.
+
+    bfloat16 beside float16 meets in float32, and takes its tiles.
+    """
+    row = SHAPES[architecture(operands[0])][kind]
+    if not isinstance(next(iter(row)), int):
+        return row
+    return row[max(x.element_size() for x in operands) if len({x.dtype for x in operands}) == 1 else 4]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -50,7 +55,7 @@ def architecture(x: Tensor) -> str:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many programs run at once; a persistent kernel launches a multiple of it."""
+    """How many programs run at once where each needs a multiprocessor."""
     if x.device.type != "cuda":
         return 132 if _assumed else 2
     return torch.cuda.get_device_properties(x.device).multi_processor_count

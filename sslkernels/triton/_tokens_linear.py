@@ -19,16 +19,9 @@ import triton
 import triton.language as tl
 
 from sslkernels.triton._scores import products
-from sslkernels.triton._tiles import LOG2E, dot, load_tile
+from sslkernels.triton._tiles import LOG2E, dot, load_tile, log1p
 
 _MOVING = ["first", "rows"]  # of a chunk: no kernel of its own for each
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) of x >= 0 to a few roundings: what 1 + x loses cancels in the quotient."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

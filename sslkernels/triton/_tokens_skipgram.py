@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv
 
-from sslkernels.triton._launch import launch, shape
+from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._tiles import LOG2E
 from sslkernels.triton._tokens_linear import log1p, total_kernel
 

@@ -72,8 +72,8 @@ def two_view_correlation(x, y, lambda_param, eps, output_mask):
         unit = 2.0 ** -(d - 1).bit_length() if dtype == torch.float16 else 1.0
         grams = _grams([z], True, dtype if any(output_mask) else None, unit)
         norms = grams.norms
-        rooms = outs if x.dtype != torch.bfloat16 or y.dtype != x.dtype else z.new_empty(2, n, d, dtype=x.dtype)
-        _gram_gradients(grams, z, own, outs, output_mask, factor, inverse=inverse, rooms=rooms)
+        narrow = torch.bfloat16 if x.dtype == y.dtype == torch.bfloat16 else None
+        _gram_gradients(grams, z, own, outs, output_mask, factor, inverse=inverse, narrow=narrow)
     else:
         wanted = [out if w else None for w, out in zip(output_mask, outs)]
         norms = feature_products(z[0], z[1], wanted, dtype, 1 / n, True)
@@ -176,9 +176,9 @@ def _grams(views: list[Tensor], cross: bool, dtype: torch.dtype | None, unit: fl
     return _Grams(r, kappa, norms, unit)
 
 
-def _gram_gradients(grams, z, own, outs, output_mask, factor, *, inverse=None, rooms=None, apart=ALIKE):
+def _gram_gradients(grams, z, own, outs, output_mask, factor, *, inverse=None, narrow=None, apart=ALIKE):
     """The gradients of the treated views z (2, N, D), with `inverse` of the views before standardising, by way of
-    `rooms`; without it K is that of the view itself."""
+    memory of the dtype `narrow` where it is given; without it K is that of the view itself."""
     if not any(output_mask):
         return
     _, n, d = z.shape
@@ -191,7 +191,7 @@ def _gram_gradients(grams, z, own, outs, output_mask, factor, *, inverse=None, r
         tile = all_rows if whole else tile
         if not whole:
             sums = z.new_empty(2, cdiv(n, tile["BLOCK_M"]), 2, d, dtype=torch.float32)
-    places = outs if sums is None else rooms
+    places = outs if sums is None or narrow is None else z.new_empty(2, n, d, dtype=narrow)
     _launch_gradient(
         grams.r, grams.kappa, z[0], z[0], own, places, factor / grams.unit, factor, inverse=inverse, sums=sums,
         apart=apart, first=first, views=sum(output_mask), z_view=z.stride(0), own_view=d if own.ndim == 2 else 0,

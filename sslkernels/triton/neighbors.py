@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from sslkernels.triton import _neighbors as kernels
-from sslkernels.triton._launch import architecture, launch, multiprocessors, shape
+from sslkernels.triton._launch import architecture, cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import panel_rows
 from sslkernels.triton._tiles import precision
 

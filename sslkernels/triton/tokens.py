@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from sslkernels.triton import _tokens_linear as linear
-from sslkernels.triton._launch import launch, multiprocessors, shape
+from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES, panel_rows
 from sslkernels.triton._tiles import precision
 from sslkernels.triton._tokens_skipgram import skipgram, skipgram_backward, skipgram_backward_rows

@@ -249,6 +249,9 @@ def test_linear_extremes(compare: Callable) -> None:
     x[5] = torch.tensor([1.0, 0.0, 1.0])
     x[2][0, 1] = torch.nan
     compare("linear_soft_cross_entropy", *x, *LINEAR_OPTIONS)
+    x[0][0, 1] = torch.nan
+    compare("linear_soft_cross_entropy", *x, *LINEAR_OPTIONS)
+    assert not launcher("linear_soft_cross_entropy")(*x, *LINEAR_OPTIONS)[3].isnan().any()
     x[0][1, 2] = torch.nan
     compare("linear_soft_cross_entropy", *x, *LINEAR_OPTIONS)
 
