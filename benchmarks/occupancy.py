@@ -33,6 +33,7 @@ TYPES = {
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 MATRIX_UNITS = re.compile(r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma)")
+FLOAT_ATOMICS = re.compile(r"\b(?:atom|red)\.[\w.:]*\.b?f\d+|_atomic_\w*f(?:16|32|64)\b")
 LAUNCHES = Path(__file__).with_name("launches")
 WHERE_SIZES_ARE_TRIED = "sm_90"  # Triton IR is the same for all
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
@@ -48,6 +49,7 @@ class Compiled(NamedTuple):
     spills: int  # bytes of local memory a thread
     shared: int  # bytes a block
     matrix: str  # the tensor-core instruction, or nothing
+    atomics: bool  # sums of floating numbers in the order in which they come
     constants: dict[str, Any]
 
 
@@ -130,11 +132,12 @@ def compile_family(family: str, target: str) -> list[Compiled]:
         kernel = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         registers, spills = _resources(kernel.asm)
         unit = MATRIX_UNITS.search(kernel.asm.get("ptx") or kernel.asm.get("amdgcn"))
+        atomics = FLOAT_ATOMICS.search(kernel.asm.get("ptx") or kernel.asm.get("amdgcn")) is not None
         tile = {k: v for k, v in (constants | options).items() if isinstance(v, int | str)}
         name = call.kernel.__name__
         if target == WHERE_SIZES_ARE_TRIED:
             any_size(call, target)
-        found = registers, spills, kernel.metadata.shared, unit[1] if unit else "", tile
+        found = registers, spills, kernel.metadata.shared, unit[1] if unit else "", atomics, tile
         done.append(Compiled(family, case, str(dtype)[6:], target, name, *found))
     return done
 

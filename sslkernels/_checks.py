@@ -108,7 +108,7 @@ def mask(x: Any, shape: Sequence[int], like: Tensor) -> None:
 
 
 def number(name: str, x: Any, like: Tensor) -> None:
-    """`x` is a finite Python number, or a floating tensor of one element on the device of `like` (or on the CPU)."""
+    """`x` is a finite Python number, or a floating tensor of one element on the device of `like`."""
     if isinstance(x, Tensor):
         tensor(name, x)
         if x.numel() != 1 or not x.is_floating_point():

@@ -10,8 +10,14 @@ import torch
 from sslkernels.triton import contrastive
 
 TENSOR_CORES = {"attention_kernel", "gradient_kernel", "lse_weights_kernel", "softplus_kernel", "sweep_kernel"}
-# two blocks on a multiprocessor, so that one's arithmetic hides behind the other's products, leave 128 registers each
-SPILLS: dict[str, int] = {"softplus_kernel": 32}
+SPILLS: dict[str, int] = {
+    # features of two dtypes on gfx942: the converted tiles are kept beside the others
+    "gradient_kernel": 64,
+    # two blocks on a multiprocessor, so that one's arithmetic hides behind the other's products, leave 128 registers
+    "softplus_kernel": 32,
+    # rows that are not read 16 bytes at a time on sm_100: they come by way of registers
+    "sweep_kernel": 32,
+}
 
 
 def _normalize(dtype: torch.dtype) -> None:
@@ -48,6 +54,47 @@ def _groups_of_rows(dtype: torch.dtype) -> None:
         return
     q = _features(1 << 18, 512, dtype)
     contrastive.similarity_logsumexp(q, q, None, 10.0, *NOTHING, (1.0,), True, False, None)
+    contrastive.self_similarity_logsumexp(q, None, 10.0, 0, 1 << 17, None, None, False, (1.0,), False, 1 << 17)
+
+
+def _labels(rows: int) -> torch.Tensor:
+    return torch.empty(rows, dtype=torch.int64, device="meta")
+
+
+def _supcon(dtype: torch.dtype) -> None:
+    """Labels on both sides and a mask, features beyond the registers."""
+    if dtype == torch.float16:  # as bfloat16
+        return
+    z, mask = _features(4_096, 512, dtype), torch.empty(4_096, dtype=torch.bool, device="meta")
+    options = z, None, 10.0, 0, None, _labels(4_096), mask, True, (1.0,)
+    lse, *_ = contrastive.self_similarity_logsumexp(*options, False, None)
+    contrastive.self_similarity_logsumexp_backward(lse, None, *options, None, lse, lse.new_empty(0), (True, False))
+
+
+def _several_scales(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:  # as bfloat16
+        return
+    q, k = _features(4_096, 128, dtype), _features(4_096, 128, dtype)
+    options = q, k, None, 10.0, *DIAGONAL, (1.0, 0.5, 2.0)
+    row, col, *_ = contrastive.similarity_logsumexp(*options, True, False, None)
+    saved = row, col, row.new_empty(0), (True, True, False)
+    contrastive.similarity_logsumexp_backward(row, col, None, *options, None, *saved)
+
+
+def _uneven(dtype: torch.dtype) -> None:
+    """Features that fill no tile, of one dtype and mixed."""
+    if dtype == torch.float16:  # as bfloat16
+        return
+    pairs = [(_features(4_096, 515, dtype), _features(4_096, 515, dtype))]
+    if dtype == torch.float32:  # which the mixed ones are multiplied in
+        pairs.append((_features(4_096, 64, torch.bfloat16), _features(4_096, 64, dtype)))
+    for q, k in pairs:
+        options = q, k, None, 10.0, *DIAGONAL, (1.0,)
+        row, col, *_ = contrastive.similarity_logsumexp(*options, True, False, None)
+        saved = row, col, row.new_empty(0), (True, True, False)
+        contrastive.similarity_logsumexp_backward(row, col, None, *options, None, *saved)
+    q = _features(4_096, 765, dtype)
+    contrastive.similarity_softplus_sum(q, q, None, 1 / 4_096, _number(), 1.0, _number(), 1.0, *DIAGONAL, [True] * 4)
 
 
 def _nt_xent(dtype: torch.dtype) -> None:
@@ -131,6 +178,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "clip_narrow": _clip(4_096, 128),
     "groups_of_rows": _groups_of_rows,
     "nt_xent": _nt_xent,
+    "supcon": _supcon,
+    "several_scales": _several_scales,
+    "uneven": _uneven,
     "queue": _queue(128),
     "queue_wide": _queue(1_024),
     "sampled_logsumexp": _sampled,

@@ -3,8 +3,8 @@
 
 With frozen keys one sweep does (`_attention.py`: the softmax-weighted keys are dq up to a row's factor): 2 products.
 With a gradient of the keys the scores are computed twice, as the weights need the row's whole sum: the forward's sweep,
-then the panel or the registers of `_gradients.py`, 4 products. To keep unnormalised weights of the first sweep instead
-would write and read the panel once more, 4 bytes an element: no gain below D = 800 on an H100.
+then the panel of `_gradients.py`, 4 products in all, or for D <= 128 its registers, 5. To keep unnormalised weights of
+the first sweep instead would write and read the panel once more, 4 bytes an element: no gain below D = 800 on an H100.
 """
 # mypy: disable-error-code="no-untyped-def"
 

@@ -363,6 +363,9 @@ class Sweep(NamedTuple):
         if along is not None and dscale is not None:
             along.append(dscale)
 
+    def busy(self) -> bool:
+        return len(self.betas) > 1 or self.rules.vectors()
+
     def sizes(self) -> tuple[int, ...]:
         return self.q.shape[0], self.k.shape[0], self.q.shape[1], *self.q.stride(), *self.k.stride()
 
@@ -372,7 +375,7 @@ class Sweep(NamedTuple):
         if self.rows.lse is None and self.columns.lse is None:  # W is zero
             self.complete(None, 0, out, slice(0, n), along)
             return out
-        tile = tiles("gradient", self.q, self.k, fits=True)
+        tile = tiles("gradient", self.q, self.k, fits=True, busy=self.busy())
         row_blocks = cdiv(n, tile["BLOCK_N"])
         splits, chunk = split_rarely(self.q, row_blocks, cdiv(m, tile["BLOCK_M"]))
         part = _float32(self.q, splits, n, depth) if splits > 1 else None
@@ -398,7 +401,8 @@ class Sweep(NamedTuple):
 
     def in_panels(self, want_q: bool, want_k: bool, along: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         (n, depth), m, dtype = self.q.shape, self.k.shape[0], narrow(self.q, self.k)
-        q, k, tile = self.q, self.k, tiles("panel", self.q, self.k, fits=False)
+        q, k, tile = self.q, self.k, tiles("panel", self.q, self.k, fits=False, busy=self.busy())
+        wide_q, wide_k = q.to(dtype), k.to(dtype)
         height = panel_rows(n, m, dtype.itemsize)
         panel = torch.empty(height, m, dtype=dtype, device=q.device)
         dq = torch.empty((n, depth), dtype=self.dtype(q), device=q.device) if want_q else None
@@ -410,10 +414,10 @@ class Sweep(NamedTuple):
             self.weights(w, rows, tile)
             if sums is not None:
                 part = sums[: rows.stop - rows.start]
-                product(w, k, out=part)
+                product(w, wide_k, out=part)
                 self.complete(part, 1, dq, rows, along)
             if total is not None:
-                add_product(total, w.T, q[rows], first=rows.start == 0)
+                add_product(total, w.T, wide_q[rows], first=rows.start == 0)
         if total is None:
             return dq, None
         dk = torch.empty((m, depth), dtype=self.dtype(k), device=k.device)
@@ -424,11 +428,11 @@ class Sweep(NamedTuple):
         """out = W k, float32, with weights that need no tensor to be brought to their unit."""
         (n, _), m, dtype = self.q.shape, self.k.shape[0], narrow(self.q, self.k)
         panel = torch.empty(panel_rows(n, m, dtype.itemsize), m, dtype=dtype, device=out.device)
-        tile = tiles("panel", self.q, self.k, fits=False)
+        tile, wide_k = tiles("panel", self.q, self.k, fits=False, busy=self.busy()), self.k.to(dtype)
         for rows in panels(n, m, dtype):
             w = panel[: rows.stop - rows.start]
             self.weights(w, rows, tile)
-            product(w, self.k, out=out[rows])
+            product(w, wide_k, out=out[rows])
         if self.unit[1] != 1.0:
             out *= 1.0 / self.unit[1]
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from sslkernels.reference import _contrastive as reference
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES
-from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles
+from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles, whole
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
 
 # 0 * -inf is NaN; a multiplier this small gives the same sum and keeps an excluded pair excluded
@@ -256,7 +256,8 @@ def sweep(q, k, scale_tensor, scale, rules, betas, columns, offset, triangular=F
     col = empty(channels, m) if columns else empty(0)
     if n == 0 or m == 0:
         return row.fill_(-torch.inf), col.fill_(-torch.inf), positive, top.fill_(-torch.inf)
-    tile = tiles("scores", q, k)
+    fits = whole("scores", q, k)
+    tile = tiles("scores", q, k, fits=fits, busy=channels > 1 or rules.vectors() or (triangular and not fits))
     row_blocks, column_blocks = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
     splits, chunk = split(q, row_blocks, column_blocks, 4 * (channels + 1) * n)
     merged = splits > 1 or triangular

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton._launch import shape
+from sslkernels.triton._launch import architecture, shape
 from sslkernels.triton._tiles import dot, precision
 
 
@@ -32,6 +32,10 @@ class Pairs(NamedTuple):
     query_mask: Tensor | None
     key_mask: Tensor | None
     DIFFER: bool
+
+    def vectors(self) -> bool:
+        """Whether a tile loads something beside features."""
+        return self.key_groups is not None or self.key_mask is not None or self.query_mask is not None
 
     def transposed(self) -> Pairs:
         """The rules of the pairs (j, i)."""
@@ -61,16 +65,37 @@ def whole(kind: str, q: Tensor, k: Tensor) -> bool:
     return q.shape[1] <= shape(f"{kind}_whole", q, k)["BLOCK_D"]
 
 
-def tiles(kind: str, q: Tensor, k: Tensor, *, fits: bool | None = None) -> dict[str, Any]:
+def tiles(kind: str, q: Tensor, k: Tensor, *, fits: bool | None = None, busy: bool = False) -> dict[str, Any]:
     """The launch shape of a sweep over tiles of scores, from the rows `kind` and `kind`_whole of the table.
 
-    WHOLE: the features fit BLOCK_D (`fits`, if that is known). EVEN: they fill what is read of them.
+    WHOLE: the features fit BLOCK_D (`fits`, if that is known). EVEN: they fill what is read of them. `busy` as below.
     """
     fits, depth = whole(kind, q, k) if fits is None else fits, q.shape[1]
     found = shape(f"{kind}_whole" if fits else kind, q, k)
     block = max(triton.next_power_of_2(depth), 16) if fits else found["BLOCK_D"]
     even = depth > 0 and depth % block == 0
+    found = unbounded(found, q, k, busy or not even)
+    if q.dtype != k.dtype and kind in ("attention", "gradient"):
+        # what the second product converts takes registers of its own
+        found = found | {"BLOCK_N": 32}
     return found | {"BLOCK_D": block, "WHOLE": fits, "EVEN": even, "PRECISION": precision()}
+
+
+def unbounded(tile: dict[str, Any], q: Tensor, k: Tensor, busy: bool) -> dict[str, Any]:
+    """The launch shape without its bound of registers, or of half the columns, where there is more to keep than scores.
+
+    `busy` says so; so do rows that are not read 16 bytes at a time, as these come by way of registers. It would spill.
+    """
+    if not busy:
+        busy = any(x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 for x in (q, k))
+    if not busy:
+        return tile
+    if "maxnreg" in tile:
+        return {name: value for name, value in tile.items() if name != "maxnreg"}
+    half = tile | {"BLOCK_M": max(tile["BLOCK_M"] // 2, 16)}
+    if architecture(q) == "gfx942":  # 4 warps of 64 threads have all registers there, 8 have half as many each
+        return half if tile["num_warps"] == 4 else tile
+    return half | {"num_warps": 8}
 
 
 @triton.jit

@@ -28,6 +28,8 @@ def _tile(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "GROUP": 16, "num_warps": warps, "num_stages": stages}
 
 
+# as on a GPU more rows than columns, and more groups of tiles than one
+_TINY = _tile(32, 16, 16, 4, 1) | {"GROUP": 2}
 _TWO = {"maxnreg": 128}  # registers a thread, so that two blocks of 8 warps share a multiprocessor
 
 # the correlation's: columns of both views, elements of an (N, D) matrix, pieces of a tile of K, sums of partial sums
@@ -228,15 +230,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "interpreter": {
         "distractors": {"BLOCK_C": 8, "BLOCK_L": 8},
         "row": {"BLOCK": 16},
-        "scores": _tile(16, 16, 16, 4, 1),
-        "scores_whole": _tile(16, 16, 32, 4, 1),
-        "attention_whole": _tile(16, 16, 32, 4, 1),
+        "scores": _TINY,
+        "scores_whole": _TINY | {"BLOCK_D": 32},
+        "attention_whole": _TINY | {"BLOCK_D": 32},
         "complete": {"BLOCK": 16, "BLOCK_D": 16},
-        "gradient_whole": _tile(16, 16, 32, 4, 1),
+        "gradient_whole": _TINY | {"BLOCK_D": 32},
         "largest": {"BLOCK": 16},
         "merge": {"BLOCK": 16, "SLOTS": 4, "BLOCK_D": 16},
         "sampled": {"ELEMENTS": 128},
-        "softplus": _tile(16, 16, 16, 4, 1) | {"HALVINGS": 1},
+        "softplus": _TINY | {"HALVINGS": 2},
         "two_view": {"BLOCK_N": 16, "BLOCK_M": 16, "DEPTH": 32},
         "regression_rows": {"ELEMENTS": 32},
         "regression_count": {"SPAN": 8},
@@ -271,6 +273,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tokens_total": {"BLOCK": 16},
         "skipgram": {"BLOCK_B": 16, "BLOCK_D": 16},
         "skipgram_sums": {"BLOCK_B": 4, "BLOCK_D": 16},
-        "panel": _tile(16, 16, 16, 4, 1),
+        "panel": _TINY,
     },
 }

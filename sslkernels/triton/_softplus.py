@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES, add_product, panels, product
-from sslkernels.triton._scores import chunked, leave_out, pairs, products
+from sslkernels.triton._scores import chunked, leave_out, pairs, products, unbounded
 from sslkernels.triton._sums import add_up, logistic, softplus
 from sslkernels.triton._tiles import LOG2E, precision, scalar
 
@@ -49,7 +49,7 @@ def softplus_kernel(
     number = scalar(scale_tensor, scale)
     offset = scalar(bias_tensor, bias)
     if weight is not None:
-        w = tl.load(weight + rows * weight_stride, mask=rows < n, other=0.0).to(tl.float32)
+        w = tl.load(weight + rows.to(tl.int64) * weight_stride, mask=rows < n, other=0.0).to(tl.float32)
     else:
         w = tl.where(rows < n, uniform, 0.0)
     if panel is not None:
@@ -108,17 +108,24 @@ def _split(blocks, columns, x, waves):
     return chunk, max(-(-columns // chunk), 1)
 
 
+def _tiles(q, k, rules):
+    tile, depth = shape("softplus", q, k), q.shape[1]
+    even = depth > 0 and depth % tile["BLOCK_D"] == 0
+    tile = unbounded(tile, q, k, rules.vectors() or not even)
+    return tile | {"EVEN": even, "PRECISION": precision()}
+
+
 def row_sums(q, k, scale_tensor, scale, bias_tensor, bias, rules):
     """sum_j softplus(s_ij + bias), (N,) float32."""
     (n, depth), m = q.shape, k.shape[0]
-    tile = shape("softplus", q, k)
+    tile = _tiles(q, k, rules)
     blocks, columns = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
     chunk, chunks = _split(blocks, columns, q, 4)
     out = q.new_empty(chunks, n, dtype=torch.float32)
     launch(
         softplus_kernel, (blocks * chunks,), q, k, None, None, out, None, None, None, scale_tensor, scale,
         bias_tensor, bias, 1.0, None, 1.0, 0, n, m, depth, 0, chunk, chunks, 0, *q.stride(), *k.stride(), *rules,
-        **tile, EVEN=depth > 0 and depth % tile["BLOCK_D"] == 0, PRECISION=precision(),
+        **tile,
     )  # fmt: skip
     return out.sum(0) if chunks > 1 else out[0]
 
@@ -139,7 +146,7 @@ def gradients(
             if x is not None:
                 x.zero_()
         return dq, dk, *(q.new_empty(0) if x is None else x for x in numbers[1:])
-    tile = shape("softplus", q, k)
+    tile = _tiles(q, k, rules)
     dtype = q.dtype if q.dtype == k.dtype else torch.float32
     spans = list(panels(n, m, dtype, PANEL_BYTES, tile["BLOCK_N"])) if mask[0] or mask[1] else [slice(0, n)]
     panel = q.new_empty(spans[0].stop, m, dtype=dtype) if mask[0] or mask[1] else None
@@ -161,7 +168,6 @@ def gradients(
             softplus_kernel, grid, q, k, weight, panel, None, *places, scale_tensor, scale, bias_tensor, bias,
             uniform, *_scalar(lift), span.start, span.stop, m, depth, i * programs, chunk, chunks,
             *(weight.stride() if weight is not None else (0,)), *q.stride(), *k.stride(), *rules, **tile,
-            EVEN=depth > 0 and depth % tile["BLOCK_D"] == 0, PRECISION=precision(),
         )  # fmt: skip
         if panel is None:
             continue

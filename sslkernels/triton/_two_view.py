@@ -34,13 +34,13 @@ def unit_rows_kernel(
 ):
     """Rows of both views, of unit length, one view below the other."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    inside = (d < depth)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
+    inside = d < depth
     first = tl.load(
-        out0 + rows[:, None].to(tl.int64) * row0 + d[None, :] * column0, mask=(rows < n)[:, None] & inside, other=0.0
+        out0 + rows[:, None].to(tl.int64) * row0 + d * column0, mask=(rows < n)[:, None] & inside, other=0.0
     )
     second = tl.load(
-        out1 + (rows - n)[:, None].to(tl.int64) * row1 + d[None, :] * column1,
+        out1 + (rows - n)[:, None].to(tl.int64) * row1 + d * column1,
         mask=((rows >= n) & (rows < 2 * n))[:, None] & inside, other=0.0,
     )  # fmt: skip
     x = tl.where((rows < n)[:, None], first, second).to(tl.float32)
@@ -48,7 +48,7 @@ def unit_rows_kernel(
     # NaN is neither above nor below eps: it must come out as NaN
     x = x / tl.where(length < eps, eps, length)[:, None]
     tl.store(norm + rows, length, mask=rows < 2 * n)
-    at = z + rows[:, None] * depth + d[None, :]
+    at = z + rows[:, None] * depth + d
     tl.store(at, x.to(z.dtype.element_ty), mask=(rows < 2 * n)[:, None] & inside)
 
 
@@ -90,7 +90,7 @@ def two_view_kernel(
     found = (finite(high) + tl.log2(total)) * LN2
     w = tl.where(inside, uniform, 0.0)
     if weight is not None:
-        w = tl.load(weight + rows * weight_stride, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + rows.to(tl.int64) * weight_stride, mask=inside, other=0.0).to(tl.float32)
     value, up = margin_loss(found - beside * number, w, DECOUPLED)
     tl.store(lse + rows, found, mask=inside)
     tl.store(positive + rows, beside * number, mask=inside)

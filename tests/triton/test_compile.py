@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.occupancy import SHARED_LIMIT, TARGETS, families
+from benchmarks.occupancy import FLOAT_ATOMICS, SHARED_LIMIT, TARGETS, families
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = ROOT / "sslkernels/triton"
@@ -51,6 +51,25 @@ def test_matrix_units(compiled: list[dict], family: str, target: str) -> None:
     for x in found:
         if x["kernel"] in named and x["dtype"] != "float32":
             assert x["matrix"] == UNIT[target], x
+
+
+def test_no_sum_is_atomic(compiled: list[dict]) -> None:
+    """Floating atomics add up in the order in which they come: other bits at every call."""
+    assert [x for x in compiled if x["atomics"]] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("atom.global.gpu.acq_rel.add.f32 %f1, [%rd1], %f2;", True),
+        ("red.global.add.noftz.bf16x2 [%rd1], %r2;", True),
+        ("global_atomic_add_f32 v0, v1, s[0:1]", True),
+        ("atom.shared.cas.b32 %r1, [%r2], %r3, %r4;", False),
+        ("redux.sync.add.s32 %r1, %r2, %r3;", False),
+    ],
+)
+def test_atomics_are_found(line: str, found: bool) -> None:
+    assert bool(FLOAT_ATOMICS.search(line)) == found
 
 
 def test_every_kernel_is_compiled(compiled: list[dict]) -> None:

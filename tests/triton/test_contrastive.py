@@ -46,8 +46,8 @@ def loosest(*dtypes: torch.dtype) -> float:
     return max(TOLERANCE[dtype] for dtype in dtypes)
 
 
-# the interpreter's tiles are 16 x 16, with all features up to 32 and pieces of 16 beyond; 300 keys are split
-SIZES = [(1, 1, 1), (15, 17, 3), (16, 16, 16), (17, 33, 32), (31, 16, 33), (5, 300, 8), (5, 100, 48), (40, 7, 50)]
+# the interpreter's tiles are 32 x 16, with all features up to 32 and pieces of 16 beyond; 300 keys are split
+SIZES = [(1, 1, 1), (31, 17, 3), (32, 16, 16), (33, 33, 32), (31, 16, 33), (5, 300, 8), (5, 100, 48), (70, 7, 50)]
 ALL = (True, True, True)
 
 
@@ -103,7 +103,8 @@ def test_logsumexp_dtypes(compare: Callable, dtypes: tuple, d: int) -> None:
 
 
 def rules(n: int, m: int) -> dict[str, tuple]:
-    groups = torch.randint(4, (n,)), torch.randint(4, (2 * m,))[::2] + 2**40 * 0
+    # labels that differ above bit 32 alone
+    groups = torch.randint(4, (n,)) << 32, (torch.randint(4, (2 * m,)) << 32)[::2]
     mask = torch.rand(m) < 0.7
     return {
         "diagonal": (3, None, None, None, None, False),
@@ -263,7 +264,7 @@ def check_self(
     compare("self_similarity_logsumexp_backward", *grads, z, *scale, *pairs, *rest, tolerance=loosest(z.dtype))
 
 
-@pytest.mark.parametrize(("n", "d"), [(1, 3), (16, 32), (17, 33), (50, 6)])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (16, 32), (33, 33), (70, 6)])
 def test_self_similarity(compare: Callable, n: int, d: int) -> None:
     check_self(compare, features(n, 1, d, torch.float32)[0])
 
@@ -291,17 +292,3 @@ def test_row_attention(compare: Callable, n: int, m: int, d: int, dtypes: tuple)
     compare("similarity_row_attention", q, k, torch.tensor(8.0), 1.0, *NOTHING, tolerance=tolerance)
     key_mask = torch.arange(m) % 40 > 30
     compare("similarity_row_attention", q, k, None, 8.0, 0, 5, None, None, key_mask, False, tolerance=tolerance)
-
-
-def test_same_bits() -> None:
-    q, k = features(18, 30, 34, torch.bfloat16)
-    first, second = (launch_all(q, k) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def launch_all(q: Tensor, k: Tensor) -> list[Tensor]:
-    row, col, *rest = contrastive.similarity_logsumexp(q, k, None, 3.0, *NOTHING, (1.0,), True, False, 0)
-    grads = contrastive.similarity_logsumexp_backward(
-        row, col, rest[0], q, k, None, 3.0, *NOTHING, (1.0,), 0, row, col, q.new_empty(0), ALL
-    )
-    return [row, col, *rest[:2], *grads, *contrastive.similarity_row_attention(q, k, None, 3.0, *NOTHING)]
