@@ -18,7 +18,7 @@ import triton.language as tl
 from sslkernels.triton._gradients import NO_PARTNER, NO_SIDE, Side, Sweep, split_rarely, unit_of
 from sslkernels.triton._launch import cdiv, launch, shape
 from sslkernels.triton._lse import sweep
-from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, tiles, whole
+from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, row_major, tiles, whole
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
 
 # weights reach from 2^14 down, not from 1: float16 is exact to 2^-14 and the row's sum takes it out again
@@ -106,6 +106,7 @@ def attention_merge_kernel(
 def similarity_row_attention(
     q, k, scale_tensor, scale, diagonal, period, query_groups, key_groups, key_mask, differ
 ):  # fmt: skip
+    q, k = row_major(q, k)
     (n, depth), m = q.shape, k.shape[0]
     rules = pairs(diagonal, period, query_groups, key_groups, key_mask, differ, n=n, m=m)
     empty = lambda *sizes: torch.empty(sizes, dtype=torch.float32, device=q.device)  # noqa: E731

@@ -34,6 +34,7 @@ from sslkernels.triton._scores import (
     load_rows,
     pairs,
     products,
+    row_major,
     tiles,
     whole,
 )
@@ -443,7 +444,8 @@ def _float32(like: Tensor, *sizes: int) -> Tensor:
 
 def gradients(sweep: Sweep, want_q: bool, want_k: bool, want_scale: bool, share: float = 1.0) -> tuple[Tensor, ...]:
     """dq, dk and dscale (a share of the sum), empty where they are not wanted."""
-    q, k = sweep.q, sweep.k
+    q, k = row_major(sweep.q, sweep.k)
+    sweep = sweep._replace(q=q, k=k)
     along: list[Tensor] = []
     if not (want_q or want_k or want_scale):
         dq = dk = None

@@ -21,7 +21,7 @@ import triton.language as tl
 from sslkernels.reference import _contrastive as reference
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES
-from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, tiles, whole
+from sslkernels.triton._scores import chunked, finite, leave_out, load_rows, pairs, products, row_major, tiles, whole
 from sslkernels.triton._tiles import LN2, LOG2E, dot, scalar
 
 # 0 * -inf is NaN; a multiplier this small gives the same sum and keeps an excluded pair excluded
@@ -250,6 +250,7 @@ def split(x, row_blocks: int, tiles: int, size: int, most: int = 16) -> tuple[in
 
 def sweep(q, k, scale_tensor, scale, rules, betas, columns, offset, triangular=False):
     """(row_lse, col_lse, positive, row_max) as the schema of similarity_logsumexp says."""
+    q, k = row_major(q, k)
     (n, depth), m, channels = q.shape, k.shape[0], len(betas)
     empty = lambda *sizes: torch.empty(sizes, dtype=torch.float32, device=q.device)  # noqa: E731
     row, top, positive = empty(channels, n), empty(n), empty(0 if offset is None else n)

@@ -60,6 +60,12 @@ def pairs(diagonal, period, query_groups, key_groups, key_mask, differ, *, n: in
     return Pairs(diagonal, period, vectors[0], vectors[1], vectors[2], vectors[3], bool(differ))
 
 
+def row_major(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Features row by row in memory: a column-major side (a queue's transpose) is copied, not read 2 bytes a time."""
+    first, second = (x.contiguous() if x.stride(0) == 1 and x.stride(1) != 1 else x for x in (q, k))
+    return first, first if k is q else second
+
+
 def whole(kind: str, q: Tensor, k: Tensor) -> bool:
     """Whether a tile has all of its rows' features at once."""
     return q.shape[1] <= shape(f"{kind}_whole", q, k)["BLOCK_D"]

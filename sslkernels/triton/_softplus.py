@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sslkernels.triton._launch import cdiv, launch, multiprocessors, shape
 from sslkernels.triton._panel import PANEL_BYTES, add_product, panels, product
-from sslkernels.triton._scores import chunked, leave_out, pairs, products, unbounded
+from sslkernels.triton._scores import chunked, leave_out, pairs, products, row_major, unbounded
 from sslkernels.triton._sums import add_up, logistic, softplus
 from sslkernels.triton._tiles import LOG2E, precision, scalar
 
@@ -117,6 +117,7 @@ def _tiles(q, k, rules):
 
 def row_sums(q, k, scale_tensor, scale, bias_tensor, bias, rules):
     """sum_j softplus(s_ij + bias), (N,) float32."""
+    q, k = row_major(q, k)
     (n, depth), m = q.shape, k.shape[0]
     tile = _tiles(q, k, rules)
     blocks, columns = cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_M"])
@@ -137,6 +138,7 @@ def gradients(
 
     `mask` says which gradients; the others are empty.
     """
+    q, k = row_major(q, k)
     (n, depth), m = q.shape, k.shape[0]
     shapes = [shape if want else (0,) for shape, want in zip((q.shape, k.shape, (), ()), mask)]
     dq, dk, *numbers = (q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))

@@ -35,10 +35,10 @@ def doubled(x: object) -> object:
 
 
 def features(n: int, m: int, d: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of unit length, the second matrix with columns side by side in memory."""
+    """Rows of unit length, the second matrix with every second element of a larger one's columns."""
     q = torch.nn.functional.normalize(torch.randn(n, d), dim=1)
     k = torch.nn.functional.normalize(torch.randn(m, d), dim=1)
-    return q.to(dtypes[0]), k.T.contiguous().T.to(dtypes[-1])
+    return q.to(dtypes[0]), k.T.repeat_interleave(2, 1).to(dtypes[-1]).T[::2]
 
 
 def loosest(*dtypes: torch.dtype) -> float:
@@ -147,6 +147,21 @@ def test_logsumexp_scales(compare: Callable, scales: tuple, d: int) -> None:
 def test_logsumexp_of_what_is_asked(compare: Callable, asked: tuple, mask: tuple, d: int) -> None:
     q, k = features(17, 21, d, torch.float32)
     check_logsumexp(compare, q, k, offset=4, asked=asked, mask=mask)
+
+
+@pytest.mark.parametrize("d", [64, 512])
+def test_a_column_major_queue_is_read_by_rows(d: int) -> None:
+    q, k = torch.empty(64, d, device="meta"), torch.empty(d, 300, device="meta").T
+    with _launch.record("sm_90") as calls:
+        contrastive.similarity_row_attention(q, k, None, 1.0, *NOTHING)
+        row, *_ = contrastive.similarity_logsumexp(q, k, None, 1.0, *NOTHING, (1.0,), False, False, None)
+        rest = (1.0,), None, row, row, row, ALL
+        contrastive.similarity_logsumexp_backward(row, None, None, q, k, None, 1.0, *NOTHING, *rest)
+        contrastive.similarity_softplus(q, k, None, 1.0, None, 1.0, *NOTHING)
+        contrastive.similarity_softplus_backward(row[0], q, k, None, 1.0, None, 1.0, *NOTHING, (True,) * 4)
+    read = [x for call in calls for x in call.arguments if isinstance(x, Tensor) and x.shape == k.shape]
+    assert read
+    assert all(x.stride(1) == 1 for x in read)
 
 
 @pytest.mark.parametrize("d", [64, 512])
