@@ -105,7 +105,7 @@ def _problem(name: str, device: str, tensors: list[torch.Tensor]) -> Problem:
             return Problem(
                 f"{tensors[0].device} is older than compute capability {needed}, which Triton's kernels need"
             )
-        if _any_float64(name, tensors):
+        if _any_float64(KERNELS[name], tensors):
             return Problem("the GPU's kernels take float32, bfloat16 and float16, not float64")
     listed = "`python -m sslkernels info` lists what serves each op."
     return PROBLEMS.get(device) or Problem(f"an op has no kernel for {device} yet", listed)
@@ -177,7 +177,7 @@ def _launcher(name: str, module: str) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         tensors = _tensors(arguments)
-        if not runs_triton(tensors[0].device) or _any_float64(name, tensors):
+        if not runs_triton(tensors[0].device) or _any_float64(module, tensors):
             return getattr(torch.ops.sslkernels, name).default.redispatch(reference, *arguments)
         with torch.cuda.device_of(tensors[0]):
             return function()(*arguments)
@@ -190,11 +190,9 @@ def _tensors(arguments: Sequence[Any]) -> list[torch.Tensor]:
     return tensors + [x for xs in arguments if isinstance(xs, list | tuple) for x in xs if isinstance(x, torch.Tensor)]
 
 
-def _any_float64(name: str, tensors: list[torch.Tensor]) -> bool:
+def _any_float64(module: str, tensors: list[torch.Tensor]) -> bool:
     """Whether an op computes in float64. Of a contrastive op only features say so, no scale, bias, weight or logit."""
-    from sslkernels.triton import KERNELS
-
-    matrices = 2 if KERNELS.get(name) == "contrastive" else 0
+    matrices = 2 if module == "contrastive" else 0
     return any(x.dtype == torch.float64 for x in tensors if x.ndim >= matrices)
 
 

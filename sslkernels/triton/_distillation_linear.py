@@ -223,7 +223,7 @@ def _find_peaks(hidden, weight, center, temperature, batch):
     n, (columns, depth) = hidden.shape[0], weight.shape
     options = _products_options("prototypes", hidden, weight)
     blocks, tiles = cdiv(n, options["BLOCK_N"]), cdiv(columns, options["BLOCK_M"])
-    tiles_a_part = -(-tiles // max(1, min(tiles, 2 * multiprocessors(hidden) // blocks, 256)))
+    tiles_a_part = cdiv(tiles, max(1, min(tiles, 2 * multiprocessors(hidden) // blocks, 256)))
     parts = cdiv(tiles, tiles_a_part)
     top, rest = hidden.new_empty(2, parts, n, dtype=torch.float32).unbind()
     found = top, rest, hidden.new_empty(parts, n, dtype=torch.int32)

@@ -307,8 +307,8 @@ def largest(x, stride, count, high, BLOCK: tl.constexpr):
 
 def split_rarely(x: Tensor, row_blocks: int, tiles: int, least: int = 8) -> tuple[int, int]:
     """(parts, tiles in each) where a part's result is large: only what fills the device, of `least` tiles or more."""
-    chunk = -(-tiles // min(max(2 * multiprocessors(x) // row_blocks, 1), max(tiles // least, 1)))
-    return -(-tiles // chunk), chunk
+    chunk = cdiv(tiles, min(max(2 * multiprocessors(x) // row_blocks, 1), max(tiles // least, 1)))
+    return cdiv(tiles, chunk), chunk
 
 
 def narrow(q: Tensor, k: Tensor) -> torch.dtype:

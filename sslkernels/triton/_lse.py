@@ -245,7 +245,7 @@ def split(x, row_blocks: int, tiles: int, size: int, most: int = 16) -> tuple[in
     """
     chunk = min(max(row_blocks * tiles // (2 * multiprocessors(x)), 1), most)
     chunk = max(chunk, cdiv(tiles, max(PANEL_BYTES // size, 1)))
-    return -(-tiles // chunk), chunk
+    return cdiv(tiles, chunk), chunk
 
 
 def sweep(q, k, scale_tensor, scale, rules, betas, columns, offset, triangular=False):

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sslkernels.triton._launch import cdiv
+
 PANEL_BYTES = 512 << 20
 TILE = 128  # rows of the largest tile: a panel of whole tiles wastes none
 
@@ -23,8 +25,8 @@ TILE = 128  # rows of the largest tile: a panel of whole tiles wastes none
 def panel_rows(rows: int, columns: int, itemsize: int, limit: int = PANEL_BYTES, tile: int = TILE) -> int:
     """Rows of a panel: what fits `limit` bytes in whole tiles, at least one; panels as even as tiles allow; >= 1."""
     fit = max(limit // max(columns * itemsize, 1) // tile, 1) * tile
-    even = -(-rows // max(-(-rows // fit), 1))
-    return max(min(-(-even // tile) * tile, rows), 1)
+    even = cdiv(rows, max(cdiv(rows, fit), 1))
+    return max(min(cdiv(even, tile) * tile, rows), 1)
 
 
 def panels(rows: int, columns: int, dtype: torch.dtype, limit: int = PANEL_BYTES, tile: int = TILE) -> Iterator[slice]:

@@ -78,18 +78,15 @@ _LOGITS: dict[str, Any] = {
 }
 # ptxas takes registers for which it has little use: with a bound more programs run at once
 _MEET_NVIDIA = _LOGITS["meet"] | {"maxnreg": 80}
-_PROTOTYPES_NVIDIA: dict[str, Any] = {
-    # rows and prototypes of a tile of logits
-    "prototypes": {
-        2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-        4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
-    },
-    # the same for all teachers of some samples
-    "teachers": {
-        2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-        4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
-    },
-}
+
+
+def _prototypes(stages: int, **bound: int) -> dict[str, Any]:
+    """Rows and prototypes of a tile of logits (`bound`: its registers), and the same for all teachers of samples."""
+    return {
+        "prototypes": {2: _keys(128, 64, 64, 8, stages) | bound, 4: _keys(64, 64, 32, 8, stages)},
+        "teachers": {2: _keys(64, 64, 64, 4, stages), 4: _keys(64, 64, 32, 8, stages)},
+    }
+
 
 _TOKENS = {  # passes over rows and panels
     "tokens_select": {"BLOCK": 2048, "num_warps": 8},
@@ -112,27 +109,32 @@ def _keys(n: int, m: int, d: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
 
+# what every GPU takes the same of
+_EVERYWHERE: dict[str, Any] = {
+    "complete": _COMPLETE,
+    "distractors": _DISTRACTORS,
+    "largest": _LARGEST,
+    "merge": _MERGE,
+    "row": _ROW,
+    "sampled": _SAMPLED,
+    "two_view": _TWO_VIEW,
+    **_REGRESSION,
+    **_LOGITS,
+    **_TOKENS,
+    **_NEIGHBORS,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "sm_80": {
-        "distractors": _DISTRACTORS,
-        "row": _ROW,
+        **_EVERYWHERE,
         "scores": {2: _tile(128, 128, 32, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
         "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
-        "complete": _COMPLETE,
         "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
-        "largest": _LARGEST,
-        "merge": _MERGE,
-        "sampled": _SAMPLED,
         "softplus": {2: _tile(128, 128, 32, 8, 4) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
-        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 32, 4), _product(256, 64, 32, 3), 3),
-        **_REGRESSION,
-        **_LOGITS,
         "meet": _MEET_NVIDIA,
-        **_PROTOTYPES_NVIDIA,
-        **_TOKENS,
-        **_NEIGHBORS,
+        **_prototypes(3, maxnreg=128),
         "nearest": {2: _keys(128, 128, 32, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
         "topk": {2: _keys(64, 128, 32, 8, 3), 4: _keys(64, 64, 16, 8, 2)},
         "tokens_logits": {2: _keys(128, 128, 32, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
@@ -140,25 +142,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "panel": {2: _tile(128, 128, 32, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
     },
     "sm_90": {
-        "distractors": _DISTRACTORS,
-        "row": _ROW,
+        **_EVERYWHERE,
         "scores": {2: _tile(128, 128, 64, 8, 3) | _TWO, 4: _tile(64, 64, 32, 8, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2) | _TWO, 4: _tile(64, 64, 64, 8, 2)},
         "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
-        "complete": _COMPLETE,
         "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
-        "largest": _LARGEST,
-        "merge": _MERGE,
-        "sampled": _SAMPLED,
         "softplus": {2: _tile(128, 128, 64, 8, 3) | _EIGHTHS | _TWO, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
-        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
-        **_REGRESSION,
-        **_LOGITS,
         "meet": _MEET_NVIDIA,
-        **_PROTOTYPES_NVIDIA,
-        **_TOKENS,
-        **_NEIGHBORS,
+        **_prototypes(3, maxnreg=128),
         "nearest": {2: _keys(128, 128, 64, 8, 4), 4: _keys(64, 64, 16, 4, 2)},
         "topk": {2: _keys(64, 128, 64, 8, 3), 4: _keys(64, 64, 16, 8, 2)},
         "tokens_logits": {2: _keys(128, 256, 64, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
@@ -166,29 +158,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "panel": {2: _tile(128, 128, 64, 4, 3), 4: _tile(64, 64, 32, 4, 2)},
     },
     "sm_100": {
-        "distractors": _DISTRACTORS,
-        "row": _ROW,
+        **_EVERYWHERE,
         "scores": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
         "attention_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
-        "complete": _COMPLETE,
         "gradient_whole": {2: _tile(64, 64, 128, 4, 3), 4: _tile(64, 32, 64, 8, 2)},
-        "largest": _LARGEST,
-        "merge": _MERGE,
-        "sampled": _SAMPLED,
         "softplus": {2: _tile(128, 128, 64, 8, 3) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 3) | _EIGHTHS},
-        "two_view": _TWO_VIEW,
         **_correlation(_product(128, 128, 64, 3), _product(256, 64, 64, 3), 3, _product(128, 256, 64, 3)),
-        **_REGRESSION,
-        **_LOGITS,
         "meet": _MEET_NVIDIA,
-        **_PROTOTYPES_NVIDIA,
-        "prototypes": {
-            2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-            4: _PROTOTYPES_NVIDIA["prototypes"][4],
-        },
-        **_TOKENS,
-        **_NEIGHBORS,
+        **_prototypes(3),
         "nearest": {2: _keys(128, 128, 64, 8, 4), 4: _keys(64, 64, 16, 4, 2)},
         "topk": {2: _keys(64, 128, 64, 8, 3), 4: _keys(64, 64, 16, 8, 2)},
         "tokens_logits": {2: _keys(128, 256, 64, 8, 3), 4: _keys(64, 64, 16, 4, 2)},
@@ -196,31 +174,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "panel": {2: _tile(128, 128, 64, 8, 3), 4: _tile(64, 64, 32, 4, 2)},
     },
     "gfx942": {
-        "distractors": _DISTRACTORS,
-        "row": _ROW,
+        **_EVERYWHERE,
         "scores": {2: _tile(128, 128, 32, 8, 2), 4: _tile(64, 64, 32, 4, 2)},
         "scores_whole": {2: _tile(128, 64, 128, 8, 2), 4: _tile(64, 64, 64, 8, 2)},
         "attention_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
-        "complete": _COMPLETE,
         "gradient_whole": {2: _tile(64, 64, 128, 4, 2), 4: _tile(64, 32, 64, 8, 2)},
-        "largest": _LARGEST,
-        "merge": _MERGE,
-        "sampled": _SAMPLED,
         "softplus": {2: _tile(128, 128, 64, 8, 2) | _EIGHTHS, 4: _tile(64, 64, 32, 4, 2) | _EIGHTHS},
         "two_view": _TWO_VIEW | {4: _TWO_VIEW[4] | {"DEPTH": 128}},
         **_correlation(_product(128, 128, 64, 2), _product(256, 64, 32, 2), 2),
-        **_REGRESSION,
-        **_LOGITS,
-        "prototypes": {
-            2: {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-            4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
-        },
-        "teachers": {
-            2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-            4: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
-        },
-        **_TOKENS,
-        **_NEIGHBORS,
+        **_prototypes(2),
         "nearest": {2: _keys(128, 128, 32, 8, 2), 4: _keys(64, 64, 16, 4, 2)},
         "topk": {2: _keys(64, 128, 32, 8, 2), 4: _keys(64, 64, 16, 8, 2)},
         "tokens_logits": {2: _keys(128, 128, 32, 8, 2), 4: _keys(64, 64, 16, 4, 2)},

@@ -103,9 +103,9 @@ def softplus_kernel(
 
 def _split(blocks, columns, x, waves):
     """Tiles of columns a program, and programs a row of tiles: enough programs for so many rounds of the chip."""
-    parts = min(max(-(-waves * multiprocessors(x) // max(blocks, 1)), 1), max(columns, 1))
-    chunk = -(-columns // parts) if columns else 1
-    return chunk, max(-(-columns // chunk), 1)
+    parts = min(max(cdiv(waves * multiprocessors(x), max(blocks, 1)), 1), max(columns, 1))
+    chunk = cdiv(columns, parts) if columns else 1
+    return chunk, max(cdiv(columns, chunk), 1)
 
 
 def _tiles(q, k, rules):

@@ -75,7 +75,7 @@ class _Chunks:
         n, d, v = head.sizes()
         self.head, self.mask, self.tile = head, mask, shape("tokens_logits", head.input, head.weight)
         self.strips = cdiv(v, self.tile["BLOCK_M"])
-        width, dtype = -(-v // ALIGNED) * ALIGNED, head.dtype()
+        width, dtype = cdiv(v, ALIGNED) * ALIGNED, head.dtype()
         limit = max(limit, min(PANEL_BYTES, max(LEAST_PANEL, v * d * dtype.itemsize)))
         # a few features or classes: what a row has beside the panel counts
         columns, itemsize = (max(width, 4 * d), dtype.itemsize) if any(mask) else (2 * self.strips, 4)
