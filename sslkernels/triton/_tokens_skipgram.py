@@ -32,6 +32,14 @@ def load_vectors(table, rows, d, inside, row_stride, column_stride):
 
 
 @triton.jit
+def next_draw(at, k, draws, inside, positive, length):
+    """The word at `at`, which is draw k of each pair, and whether it counts: there is one, and not the positive."""
+    more = inside & (tl.zeros_like(positive) + k < draws)
+    drawn = tl.load(at, mask=more, other=0)
+    return tl.minimum(tl.maximum(drawn, 0), length - 1), more & (drawn != positive)
+
+
+@triton.jit
 def skipgram_kernel(
     u, v, inputs, outputs, negatives, losses, slopes, scale, pairs, draws, input_count, output_count, depth,
     u_row, u_column, v_row, v_column, input_stride, output_stride, negative_row, negative_column,
@@ -65,11 +73,8 @@ def skipgram_kernel(
         slope = sign * tl.where(score < 0, small, 1.0) / (1.0 + small)
         loss += tl.where(counts, term, 0.0)
         tl.store(slopes + b * (draws + 1) + k, tl.where(counts, slope * scale, 0.0), mask=inside)
-        more = inside & (tl.zeros_like(b) + k < draws)
-        drawn = tl.load(at, mask=more, other=0)
         positive = tl.load(outputs + b * output_stride, mask=inside, other=0)
-        counts = more & (drawn != positive)
-        word = tl.minimum(tl.maximum(drawn, 0), output_count - 1)
+        word, counts = next_draw(at, k, draws, inside, positive, output_count)
         at += negative_column
         sign = 1.0
     if SUM:
@@ -107,10 +112,7 @@ def pair_rows_kernel(
             to = doutput + (b * (draws + 1) + k)[:, None] * depth + d[None, :]
             value = tl.where(counts[:, None], weight[:, None] * own, 0.0)
             tl.store(to, value.to(doutput.dtype.element_ty), mask=there)
-        more = inside & (tl.zeros_like(b) + k < draws)
-        drawn = tl.load(at, mask=more, other=0)
-        counts = more & (drawn != positive)
-        word = tl.minimum(tl.maximum(drawn, 0), output_count - 1)
+        word, counts = next_draw(at, k, draws, inside, positive, output_count)
         at += negative_column
     if dinput is not None:
         tl.store(dinput + b[:, None] * depth + d[None, :], total.to(dinput.dtype.element_ty), mask=there)
@@ -134,17 +136,14 @@ def input_sums_kernel(
         upstream = tl.load(grad + b * grad_stride, mask=inside, other=0.0).to(tl.float32)
         positive = tl.load(outputs + b * output_stride, mask=inside, other=0)
         counts = inside
-        drawn = positive
+        word, _ = load_words(outputs, b * output_stride, inside, length)
         at = negatives + b * negative_row
         for k in range(0, draws + 1):
             weight = upstream * tl.load(slopes + b * (draws + 1) + k, mask=counts, other=0.0)
-            word = tl.minimum(tl.maximum(drawn, 0), length - 1)
             # what does not count is not read: it may be infinite
             vector = load_vectors(table, word, d, counts[:, None] & (d < depth)[None, :], row_stride, column_stride)
             total += tl.where(counts[:, None], weight[:, None] * vector, 0.0)
-            more = inside & (tl.zeros_like(b) + k < draws)
-            drawn = tl.load(at, mask=more, other=0)
-            counts = more & (drawn != positive)
+            word, counts = next_draw(at, k, draws, inside, positive, length)
             at += negative_column
     to = out + row.to(tl.int64) * depth + d
     tl.store(to, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < depth)
