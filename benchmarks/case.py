@@ -197,7 +197,11 @@ class ContenderStep:
         self.cotangent = inputs.pop(COTANGENT, None)
         prepared = contender.prepare(inputs)
         self.inputs = prepared if attached else {name: cut(value) for name, value in prepared.items()}
-        self.leaves = leaves(inputs if attached else self.inputs)
+        owner = inputs if attached else self.inputs
+        self.leaves = leaves(owner)
+        self.trained = [
+            name not in contender.ignores for name, value in owner.items() for x in held(value) if x.requires_grad
+        ]
 
     def restore(self) -> None:
         with torch.no_grad():

@@ -29,7 +29,7 @@ from benchmarks.contenders import (
     patches,
 )
 from benchmarks.stats import summary
-from benchmarks.worker import interleave, relative_error
+from benchmarks.worker import interleave, relative_error, worst
 
 LARGEST = 1024  # rows; enough to see a difference in cost
 AGREE = 1e-5
@@ -210,11 +210,11 @@ def difference(case: Case, restated: Contender, peer: Peer, module: ModuleType) 
         (f + b) / (g + c)
         for f, b, g, c in zip(first["forward"], first["backward"], second["forward"], second["backward"], strict=True)
     ]).median  # fmt: skip
-    worst = [
-        max((relative_error(a, b.double()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    value_error, gradient_error = (
+        worst(relative_error(a, b.double()) for a, b in zip(ours, theirs, strict=True))
         for ours, theirs in ((values, real_values), (gradients, real_gradients))
-    ]
-    return worst[0], worst[1], ratio
+    )
+    return value_error, gradient_error, ratio
 
 
 def compare(cases: list[Case], say: Callable[[str], None] = print) -> bool:

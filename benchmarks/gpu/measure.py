@@ -20,15 +20,13 @@ from benchmarks.case import (
     Inputs,
     Rotation,
     Step,
-    differentiable,
     held,
     leaves,
     recast,
-    tensors,
 )
 from benchmarks.gpu.cases import GpuCase
 from benchmarks.stats import OURS
-from benchmarks.worker import relative_error
+from benchmarks.worker import compare, exact
 
 DEVICE = "cuda"
 SAMPLE = 5e-3  # seconds that one sample lasts at least
@@ -108,24 +106,9 @@ def check(gpu: GpuCase, contender: Contender) -> dict[str, Any]:
     """At a small size, against the formula in float64 of the very numbers that 16 bits hold."""
     case = gpu.checked()
     given = place(case.make_inputs(), gpu.dtype, gpu.wide)
-    wide = {name: recast(value, torch.float64) for name, value in given.items()}
-    assert case.formula is not None
-    values = tensors(case.formula(**wide))
-    wanted = leaves(wide)
-    gradients = torch.autograd.grad(differentiable(values), wanted) if wanted else ()
+    expected = exact(case, {name: recast(value, torch.float64) for name, value in given.items()})
     step = GpuStep(contender, given, case.changes, mixed=gpu.dtype != torch.float32)
-    output = step.forward()
-    found = [x.detach() for x in tensors(contender.result(output))]
-    got = step.backward(output)
-    errors = [relative_error(a, b.detach()) for a, b in zip(found, values)]
-    # a peer may not train everything that ours does: a temperature, say
-    trained = [name not in contender.ignores for name, value in given.items() for x in held(value) if x.requires_grad]
-    gradient_errors = [relative_error(a, b) for a, b, t in zip(got, gradients, trained, strict=True) if t]
-    worst = max(errors), max(gradient_errors, default=0.0)
-    report = {"ok": max(worst) <= contender.limit, "value_error": worst[0], "gradient_error": worst[1]}
-    if not report["ok"]:
-        report["error"] = f"value error {worst[0]:.1e}, gradient error {worst[1]:.1e}"
-    return report
+    return compare(contender, step, *expected)
 
 
 def timed(step: Step, repeats: int) -> tuple[float, float]:

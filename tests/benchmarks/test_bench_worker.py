@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import runner, worker
-from benchmarks.case import COTANGENT, Case, Contender
+from benchmarks.case import COTANGENT, Case, Contender, ContenderStep
 from benchmarks.cases import FAMILIES, find
 from benchmarks.floors import Copy
 
@@ -294,6 +294,20 @@ def test_a_sparse_gradient_is_judged_like_a_dense_one():
     x = torch.eye(3).to_sparse()
     assert worker.relative_error(x, torch.eye(3).double()) == 0.0
     assert worker.relative_error(x, 2 * torch.eye(3).double()) == 0.5
+
+
+def test_a_nan_in_any_gradient_is_an_error():
+    case = find("clip-4096-128").tiny()
+    inputs = case.make_inputs()
+    sound = case.contender("open_clip")
+
+    def spoilt(text: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        text.register_hook(lambda gradient: gradient * torch.nan)  # the second of three
+        return sound.call(text=text, **others)
+
+    expected = worker.exact(case, case.make_inputs(torch.float64))
+    for form, ok in ((sound, True), (replace(sound, call=spoilt), False)):
+        assert worker.compare(form, ContenderStep(form, inputs, attached=True), *expected)["ok"] is ok
 
 
 def test_gram_floor_does_the_products():
