@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels.distributed import Batch
 from sslkernels.ops.contrastive import l2_normalize
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's
@@ -128,7 +129,9 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80.0)
 
 
-def negatives(lse: Tensor, positive: Tensor, count: int, scale: Tensor | float, beta: float, tau_plus: float) -> Tensor:
+def negatives(
+    lse: Tensor, positive: Tensor, count: Tensor | int, scale: Tensor | float, beta: float, tau_plus: float
+) -> Tensor:
     """Log of the negatives' weight in the denominator, log(count * g), from their log-sum-exps at scales 1+beta, beta.
 
         g = sum_j e^{(1+beta) s_j} / sum_j e^{beta s_j}                       negatives weighted by e^{beta s}
@@ -138,7 +141,7 @@ def negatives(lse: Tensor, positive: Tensor, count: int, scale: Tensor | float, 
     """
     if not (beta or tau_plus):
         return lse
-    log_count = math.log(count)
+    log_count = count.log() if isinstance(count, Tensor) else math.log(count)
     log_g = lse[0] - lse[1] if beta else lse - log_count
     if tau_plus:
         share = math.log(tau_plus) + positive - log_g  # log of the part of g to take away
@@ -149,28 +152,31 @@ def negatives(lse: Tensor, positive: Tensor, count: int, scale: Tensor | float, 
     return log_g + log_count
 
 
-def reduce(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+def reduce(rows: Tensor, reduction: str, weight: Tensor | None, batch: Batch) -> Tensor:
     """rows: (N,) or (views, N), where both views of a sample have its weight (N,).
 
     mean: sum of weighted rows / sum of their weights, as torch's cross_entropy does; sum: without the division;
-    none: the weighted rows.
+    none: the weighted rows. Over several ranks the mean and the sum are of the rows of all, in that the mean over the
+    ranks of what they return is; none is the own rows.
     """
-    if weight is not None:
-        weight = weight.to(rows.dtype)
-        if reduction == "mean":
-            return (rows * weight).sum() / (weight.sum() * (rows.numel() // weight.numel()))
-        rows = rows * weight
     if reduction == "none":
-        return rows.flatten()
-    return rows.mean() if reduction == "mean" else rows.sum()
+        return (rows if weight is None else rows * weight.to(rows.dtype)).flatten()
+    if reduction == "mean" and weight is None and batch.local:
+        return rows.mean()
+    scale = row_weight(rows, reduction, weight, batch)
+    return (rows * scale).sum() if weight is not None else rows.sum() * scale
 
 
-def row_weight(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor | float:
-    """The constants w_i for which sum_i w_i rows_i = reduce(rows, reduction, weight); `rows`: any tensor like them."""
+def row_weight(rows: Tensor, reduction: str, weight: Tensor | None, batch: Batch) -> Tensor | float:
+    """The w_i, (N,) or one number, for which sum_i w_i rows_i = reduce(rows, reduction, weight, batch)."""
     if weight is None:
-        return 1.0 / rows.shape[0] if reduction == "mean" else 1.0
+        views = rows.numel() // batch.rows
+        return batch.world / (views * batch.total(rows)) if reduction == "mean" else batch.world
     weight = weight.to(rows.dtype)
-    return weight / weight.sum() if reduction == "mean" else weight
+    if reduction == "sum":
+        return weight * batch.world
+    views = rows.numel() // weight.numel()
+    return weight * (batch.world / (views * batch.sum(weight.sum())))
 
 
 def one_sweep(reduction: str, weight: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels._autocast import cast_features
 from sslkernels.losses import _common as common
 from sslkernels.ops import contrastive as ops
@@ -97,7 +98,7 @@ def _batch_step(context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction
         lse, _, top = ops.similarity_logsumexp(q, keys, 1.0, others, columns=False, return_max=True)
         losses = common.softplus(lse - positive).view(rows, batch)
         return F.pad(losses.T, (0, k)), positive, top  # (B, T), 0 in the last k frames
-    weight = common.row_weight(positive, reduction, None)
+    weight = common.row_weight(positive, reduction, None, distributed.alone(positive))
     loss, _, top = ops.similarity_cross_entropy(q, keys, positive, 1.0, weight=weight, exclude=others)
     return loss, positive, top
 

@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
+from sslkernels.distributed import STRATEGIES, Group
 from sslkernels.losses import _common as common
 
 
 class Loss(nn.Module):
     def __init__(self, temperature: nn.Parameter | float | None = None, **options: Any) -> None:
         super().__init__()
+        self.span: dict[str, Any] = {}  # process_group and strategy, of a loss that looks beyond the own process
         if temperature is not None:
             if not isinstance(temperature, Tensor):
                 check.positive("temperature", temperature)
@@ -30,7 +32,26 @@ class Loss(nn.Module):
         if hasattr(self, "temperature"):
             learned = isinstance(self.temperature, Tensor)
             shown = {"temperature": "learned" if learned else self.temperature, **shown}
-        return ", ".join(f"{name}={x}" for name, x in shown.items())
+        return ", ".join([*(f"{name}={x}" for name, x in shown.items()), *shown_span(self.span)])
+
+
+def spanning(gather_distributed: bool, process_group: Any, strategy: str | None) -> dict[str, Any]:
+    """process_group and strategy for a loss's function; lightly's `gather_distributed=True` is all ranks there are."""
+    if process_group is None and gather_distributed:
+        process_group = "world"
+    if strategy is not None:
+        check.choice("strategy", strategy, STRATEGIES)
+    return {"process_group": process_group, "strategy": strategy}
+
+
+def shown_span(span: dict[str, Any]) -> list[str]:
+    """What the repr of a loss says of the processes it spans: nothing for one."""
+    if span.get("process_group") is None:
+        return []
+    name = span["process_group"]
+    return [f"process_group={name if isinstance(name, str | Group) else getattr(name, 'group_name', name)}"] + [
+        f"strategy={span['strategy']}"
+    ] * (span["strategy"] is not None)
 
 
 def refuse_gather(gather_distributed: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels._autocast import cast_features
 from sslkernels.losses import _common as common
 from sslkernels.ops import contrastive as ops
@@ -76,6 +77,7 @@ def info_nce(
     common.check_pair(sample_weight, query=query, positive_key=positive_key)
     common.check_options(reduction, label_smoothing, beta, tau_plus)
     _check_negatives(query, negative_keys)
+    batch = distributed.alone(query)
     n, scale = query.shape[0], common.inverse(temperature, query)
     in_batch = in_batch or negative_keys is None
     features = [x for x in (query, positive_key, negative_keys) if x is not None]
@@ -89,7 +91,7 @@ def info_nce(
 
     shared = len(rest) == 0 or (rest[0].ndim == 2 and not in_batch)
     if shared and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
-        weight = common.row_weight(positive, reduction, sample_weight)
+        weight = common.row_weight(positive, reduction, sample_weight, batch)
         keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)
         loss, _, top = ops.similarity_cross_entropy(q, keys, positive, scale, weight=weight, exclude=pairs)
     else:
@@ -99,14 +101,14 @@ def info_nce(
         for lse_part, top_part in parts[1:]:
             lse, top = torch.logaddexp(lse, lse_part), torch.maximum(top, top_part)
         lse = common.negatives(lse, positive, count, scale, beta, tau_plus)
-        loss = common.reduce(common.softplus(lse - positive), reduction, sample_weight)
+        loss = common.reduce(common.softplus(lse - positive), reduction, sample_weight, batch)
     if label_smoothing:
         total = common.wide(k).sum(0) if in_batch else 0.0
         for x in rest:
             total = total + common.wide(x).sum(-2)
         candidates = (q * total).sum(-1) * scale + (0.0 if in_batch else positive)
         excess = positive - candidates / (count + 1)
-        loss = loss + label_smoothing * common.reduce(excess, reduction, sample_weight)
+        loss = loss + label_smoothing * common.reduce(excess, reduction, sample_weight, batch)
     return (loss, common.statistics(positive, top)) if return_stats else loss
 
 
@@ -186,6 +188,7 @@ def clip_loss(
     """
     common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
     common.check_options(reduction, label_smoothing)
+    batch = distributed.alone(image_features)
     scale = common.scalar("logit_scale", logit_scale, image_features)
     image, text = cast_features(image_features, text_features)
     row, col, positive, top = ops.similarity_logsumexp(
@@ -200,7 +203,7 @@ def clip_loss(
         bias = common.scalar("logit_bias", logit_bias, image_features)
         if isinstance(bias, Tensor):
             rows = rows + 0.0 * bias  # a parameter that is given has a gradient: DistributedDataParallel insists
-    loss = common.reduce(rows, reduction, sample_weight)
+    loss = common.reduce(rows, reduction, sample_weight, batch)
     return (loss, common.statistics(positive, top)) if return_stats else loss
 
 
@@ -245,6 +248,7 @@ def siglip_loss(
     """
     common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
     common.check_options(reduction, label_smoothing)
+    batch = distributed.alone(image_features)
     n = image_features.shape[0]
     scale = common.scalar("logit_scale", logit_scale, image_features)
     bias = 0.0 if logit_bias is None else common.scalar("logit_bias", logit_bias, image_features)
@@ -256,12 +260,12 @@ def siglip_loss(
         total = (i @ t.sum(0)) * scale + n * bias  # sum_j s_ij
         rows = rows + 0.5 * label_smoothing * (2 * positive - total)
     if common.one_sweep(reduction, sample_weight):
-        weight = common.row_weight(positive, reduction, sample_weight)
+        weight = common.row_weight(positive, reduction, sample_weight, batch)
         negative = ops.similarity_softplus_sum(image, text, scale, bias, weight=weight, exclude=OTHERS)
-        loss = negative + common.reduce(rows, reduction, sample_weight)
+        loss = negative + common.reduce(rows, reduction, sample_weight, batch)
     else:
         rows = rows + ops.similarity_softplus(image, text, scale, bias, OTHERS)
-        loss = common.reduce(rows, reduction, sample_weight)
+        loss = common.reduce(rows, reduction, sample_weight, batch)
     if not return_stats:
         return loss
     with torch.no_grad():

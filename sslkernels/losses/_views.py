@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels._autocast import autocasts, cast_features
+from sslkernels.distributed import Batch
+from sslkernels.distributed.contrastive import self_similarity_logsumexp
 from sslkernels.losses import _common as common
-from sslkernels.ops.contrastive import (
-    KEPT_BYTES,
-    Exclude,
-    l2_normalize,
-    self_similarity_logsumexp,
-    two_view_cross_entropy,
-)
+from sslkernels.ops.contrastive import KEPT_BYTES, Exclude, l2_normalize, two_view_cross_entropy
 from sslkernels.reference._precision import compute_dtype
 
 GPU_BYTES = 4 * KEPT_BYTES  # where calls cost more beside the work: 2N = 2,048 rows, three launches in one op
@@ -30,15 +27,21 @@ def _stack(out0: Tensor, out1: Tensor) -> Tensor:
 
 
 def _one_call(
-    views: tuple[Tensor, Tensor], scale: Tensor | float, reduction: str, weight: Tensor | None, decoupled: bool
+    views: tuple[Tensor, Tensor],
+    scale: Tensor | float,
+    reduction: str,
+    weight: Tensor | None,
+    batch: Batch,
+    *,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Loss, positives (2, N) and hardest negatives (2, N) from one op, for a small batch: there calls outweigh work.
 
-    None where the rows' weights are no constants, where autocast rounds the unit rows, or where the batch is large: the
-    op keeps one more copy of it.
+    None where other ranks have rows, where the rows' weights are no constants, where autocast rounds the unit rows, or
+    where the batch is large: the op keeps one more copy of it.
     """
     n = views[0].shape[0]
-    if not common.one_sweep(reduction, weight) or autocasts(views[0]):
+    if not batch.local or not common.one_sweep(reduction, weight) or autocasts(views[0]):
         return None
     if (2 * n) ** 2 * 4 > (GPU_BYTES if views[0].device.type == "cuda" else KEPT_BYTES):
         return None
@@ -47,7 +50,7 @@ def _one_call(
         weights = 0.5 / n if reduction == "mean" else 1.0
     else:
         weight = weight.to(compute_dtype(*views)).repeat(2)
-        weights = common.row_weight(weight, reduction, weight)
+        weights = common.row_weight(weight, reduction, weight, batch)
     out0, out1 = common.one_dtype(*views)
     loss, _, positive, top = two_view_cross_entropy(out0, out1, scale, weight=weights, decoupled=decoupled)
     return loss, positive.view(2, n), top.view(2, n)
@@ -64,6 +67,8 @@ def nt_xent(
     tau_plus: float = 0.0,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """NT-Xent: each view finds its partner among all other features of the batch.
 
@@ -82,7 +87,11 @@ def nt_xent(
         beta: weight negatives by exp(beta * s) (Robinson et al. 2021, "hard negatives").
         tau_plus: expected share of false negatives, taken out of the denominator (Chuang et al. 2020, "debiased").
         sample_weight: (N,), a weight for both rows of a sample; the mean is divided by the sum of the weights.
-        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits), from the same sweep.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) of the own rows, from the
+            same sweep.
+        process_group, strategy: as in `distributed.Group`; all other features are then those of all ranks.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -98,27 +107,34 @@ def nt_xent(
     common.check_pair(sample_weight, out0=out0, out1=out1)
     common.check_options(reduction, label_smoothing, beta, tau_plus)
     n = out0.shape[0]
-    if n < 2 and (beta or tau_plus):
+    batch = distributed.batch(process_group, strategy, "nt_xent", out0, out1, temperature, sample_weight)
+    if n < 2 and batch.local and (beta or tau_plus):
         raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
     plain = not (label_smoothing or beta or tau_plus)
-    if plain and (found := _one_call((out0, out1), scale, reduction, sample_weight, decoupled=False)):
+    if plain and (found := _one_call((out0, out1), scale, reduction, sample_weight, batch, decoupled=False)):
         return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
     z = _stack(out0, out1)
-    others = Exclude(diagonal=0, period=n)
-    scales = (1.0 + beta, beta) if beta else None
-    lse, positive, top = self_similarity_logsumexp(
-        z, scale, others, scales=scales, return_positive=True, return_max=True
+    lse, positive, *top = self_similarity_logsumexp(
+        batch,
+        z,
+        scale,
+        Exclude(diagonal=0, period=n),
+        scales=(1.0 + beta, beta) if beta else None,
+        return_positive=True,
+        return_max=return_stats,
     )
     positive = positive.view(2, n)
-    lse = common.negatives(lse.view(*lse.shape[:-1], 2, n), positive, 2 * n - 2, scale, beta, tau_plus)
+    others = 2 * batch.total(z) - 2  # negatives of a row
+    lse = common.negatives(lse.view(*lse.shape[:-1], 2, n), positive, others, scale, beta, tau_plus)
     rows = common.softplus(lse - positive)  # (2, N)
     if label_smoothing:
         zc = common.wide(z)
-        mean = ((zc @ zc.sum(0) - common.row_dot(zc, zc)) * (scale / (2 * n - 1))).view(2, n)
+        sums = batch.sum(zc.sum(0))
+        mean = ((zc @ sums - common.row_dot(zc, zc)) * (scale / (others + 1))).view(2, n)
         rows = rows + label_smoothing * (positive - mean)
-    loss = common.reduce(rows, reduction, sample_weight)
-    return (loss, common.statistics(positive, top.view(2, n))) if return_stats else loss
+    loss = common.reduce(rows, reduction, sample_weight, batch)
+    return (loss, common.statistics(positive, top[0].view(2, n))) if return_stats else loss
 
 
 def dcl(
@@ -130,6 +146,8 @@ def dcl(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """Decoupled contrastive loss: NT-Xent without the positive in its denominator.
 
@@ -143,7 +161,7 @@ def dcl(
 
     Args:
         out0, out1: the two views' projections, (N, D), not normalised; N > 1.
-        temperature, reduction, sample_weight, return_stats: as in `nt_xent`.
+        temperature, reduction, sample_weight, return_stats, process_group, strategy: as in `nt_xent`.
         weight_fn: called with the two views' unit rows, returns the positives' weights (N,).
 
     Returns:
@@ -159,18 +177,22 @@ def dcl(
     common.check_pair(sample_weight, out0=out0, out1=out1)
     common.check_options(reduction)
     n = out0.shape[0]
-    if n < 2:
+    batch = distributed.batch(process_group, strategy, "dcl", out0, out1, temperature, sample_weight)
+    if n < 2 and batch.local:
         raise ValueError(f"out0 must have at least two samples, as one has no negative, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
-    if weight_fn is None and (found := _one_call((out0, out1), scale, reduction, sample_weight, decoupled=True)):
-        return (found[0], common.statistics(*found[1:])) if return_stats else found[0]
+    one = weight_fn is None and _one_call((out0, out1), scale, reduction, sample_weight, batch, decoupled=True)
+    if one:
+        return (one[0], common.statistics(*one[1:])) if return_stats else one[0]
     z = _stack(out0, out1)
     others = Exclude(diagonal=0, period=n)
-    lse, positive, top = self_similarity_logsumexp(z, scale, others, return_positive=True, return_max=True)
+    lse, positive, *top = self_similarity_logsumexp(
+        batch, z, scale, others, return_positive=True, return_max=return_stats
+    )
     positive = positive.view(2, n)
     rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z[:n], z[n:]))
-    loss = common.reduce(rows, reduction, sample_weight)
-    return (loss, common.statistics(positive, top.view(2, n))) if return_stats else loss
+    loss = common.reduce(rows, reduction, sample_weight, batch)
+    return (loss, common.statistics(positive, top[0].view(2, n))) if return_stats else loss
 
 
 def _positive_weights(weight_fn: Callable[[Tensor, Tensor], Tensor], z0: Tensor, z1: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels.losses import _common as common
 from sslkernels.losses._cpc import CPCLoss, cpc_loss
-from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather
+from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather, spanning
 from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
 from sslkernels.losses._supcon import supcon
 from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent
@@ -247,8 +247,8 @@ class DCLLoss(Loss):
     Args:
         temperature: number, or nn.Parameter to be learned.
         weight_fn: as in `dcl`.
-        gather_distributed: must be False.
-        reduction: as in `dcl`.
+        gather_distributed: True is process_group="world", as lightly's.
+        reduction, process_group, strategy: as in `dcl`.
 
     Example:
         >>> loss = DCLLoss(temperature=0.07)(torch.randn(8, 16), torch.randn(8, 16))
@@ -261,15 +261,17 @@ class DCLLoss(Loss):
         gather_distributed: bool = False,
         *,
         reduction: str = "mean",
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         super().__init__(temperature, reduction=reduction)
-        refuse_gather(gather_distributed)
+        self.span = spanning(gather_distributed, process_group, strategy)
         self.weight_fn = weight_fn
 
     def forward(
         self, out0: Tensor, out1: Tensor, *, sample_weight: Tensor | None = None, return_stats: bool = False
     ) -> Any:
-        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         return dcl(out0, out1, self.temperature, self.weight_fn, **call)
 
 
@@ -277,7 +279,7 @@ class DCLWLoss(DCLLoss):
     """DCLLoss with the positives weighted by `mises_fisher_weights`, as lightly's class of this name.
 
     Args:
-        temperature, gather_distributed, reduction: as in `DCLLoss`.
+        temperature, gather_distributed, reduction, process_group, strategy: as in `DCLLoss`.
         sigma: temperature of the weights.
 
     Example:
@@ -291,7 +293,10 @@ class DCLWLoss(DCLLoss):
         gather_distributed: bool = False,
         *,
         reduction: str = "mean",
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         check.positive("sigma", sigma)
         weight_fn = partial(mises_fisher_weights, sigma=sigma)
-        super().__init__(temperature, weight_fn, gather_distributed, reduction=reduction)
+        span: dict[str, Any] = {"process_group": process_group, "strategy": strategy}
+        super().__init__(temperature, weight_fn, gather_distributed, reduction=reduction, **span)

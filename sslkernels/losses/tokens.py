@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels.losses import _common as common
 from sslkernels.losses._hubert import HuBERTLoss, hubert_loss
 from sslkernels.losses._module import Loss
@@ -182,7 +183,7 @@ def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean
     common.check_options(reduction)
     x = common.wide(logits)
     sign = torch.where(labels == 0, 1.0, torch.where(labels == 1, -1.0, torch.nan)).to(x.dtype)
-    return common.reduce(common.softplus((x[:, 1] - x[:, 0]) * sign), reduction, None)
+    return common.reduce(common.softplus((x[:, 1] - x[:, 0]) * sign), reduction, None, distributed.alone(x))
 
 
 class MaskedLMLoss(Loss):

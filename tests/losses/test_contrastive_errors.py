@@ -144,7 +144,6 @@ def test_bad_temperature(name: str) -> None:
         (lambda: losses.NTXentLoss(memory_bank_size=(4, 3, 2)), ValueError, r"memory_bank_size .* got \(4, 3, 2\)"),
         (lambda: losses.NTXentLoss(memory_bank_size=(8, 5))(A, B), ValueError, r"as many features as query .*\(8, 5\)"),
         (lambda: losses.NTXentLoss(reduction="max"), ValueError, "reduction must be one of"),
-        (lambda: losses.DCLLoss(gather_distributed=True), NotImplementedError, "gather_distributed=True"),
         (lambda: losses.DCLWLoss(sigma=-1.0), ValueError, "sigma must be positive and finite, got -1.0"),
         (lambda: losses.SupConLoss(label_smoothing=2.0), ValueError, "label_smoothing must be in"),
     ],
