@@ -30,7 +30,7 @@ def test_info_covers_every_op(run) -> None:
     assert set(facts["ops"]) == set(OPS)
     for served in facts["ops"].values():
         assert served["cpu"] in ("compiled", "torch", "reference")
-        assert served["cuda"] in ("compiled", "triton", "reference", "unavailable")
+        assert served["cuda"] in ("compiled", "triton", "torch", "reference", "unavailable")
     assert facts["versions"]["torch"] and facts["threads"]["torch"] >= 1 and "cpu" in facts["devices"]
     assert facts["libraries"]["cpu"]["loaded"] or facts["libraries"]["cpu"]["problem"]
 
