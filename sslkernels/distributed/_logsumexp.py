@@ -37,7 +37,7 @@ def _cargo(*xs: Tensor | None) -> tuple[list[Tensor], Any]:
 def _part(x: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:
     if x is None or rows == slice(None):
         return x
-    return x[rows] if dim == 0 else x[:, rows]
+    return x[rows] if dim == 0 else x[:, rows].contiguous()
 
 
 def _forward(
