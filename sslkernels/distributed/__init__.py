@@ -6,6 +6,7 @@ DistributedDataParallel's average, are those of one process on all rows below ea
 the sum over its own rows of a mean over N; its gradient is that of the sum of all ranks' losses.
 """
 
+from sslkernels.distributed._agreement import raises_together
 from sslkernels.distributed._group import STRATEGIES, Batch, Group, alone, batch
 
-__all__ = ["STRATEGIES", "Batch", "Group", "alone", "batch"]
+__all__ = ["STRATEGIES", "Batch", "Group", "alone", "batch", "raises_together"]

@@ -9,8 +9,6 @@ The ops are opaque to compilers, which therefore take the whole of a distributed
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +17,6 @@ from torch import Tensor
 
 from sslkernels.ops._registry import define, differentiable
 from sslkernels.reference._precision import compute_dtype
-
-WORDS = 64  # int64 numbers that describe what a rank brings
-TENSOR_WORDS = 9  # of one tensor: dtype, device, gradient, number of dimensions, up to five sizes
-MOST = (WORDS - 2) // TENSOR_WORDS  # tensors that are compared
-DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.int64, torch.int32, torch.bool, torch.uint8),
-)
 
 
 def find(name: str) -> Any:
@@ -189,82 +179,10 @@ differentiable(scatter_rows, setup_context=_scatter_setup, backward=_scatter_aut
 # what ranks bring
 
 
-def _describe(xs: Sequence[Tensor], wanted: Sequence[bool], what: str) -> list[int]:
-    words = [int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "big"), len(xs)]
-    for x, grad in zip(xs, wanted):
-        shape = list(x.shape[:5])
-        kind = DTYPES.index(x.dtype) if x.dtype in DTYPES else len(DTYPES)
-        words += [kind, x.device.type == "cpu", grad, x.ndim, *shape, *[0] * (5 - len(shape))]
-    return words[:WORDS] + [0] * (WORDS - len(words))
-
-
-def _exchange(words: list[int], like: Tensor, world: int, group: str) -> Tensor:
-    """What every rank describes, (world, WORDS), on the CPU."""
+def gather_words(mine: Tensor, world: int, group: str) -> Tensor:
+    """int64 (n,) of every rank, (world, n)."""
     import torch.distributed as dist
 
-    device = torch.device("cpu") if has_cpu_backend(group) else like.device
-    mine = torch.tensor(words, device=device)
-    out = mine.new_empty(world * WORDS)
+    out = mine.new_empty(world * mine.shape[0])
     dist.all_gather_into_tensor(out, mine, group=find(group))
-    return out.view(world, WORDS).cpu()
-
-
-def _compare(table: Tensor, what: str, tensors: int, uneven: bool) -> None:
-    """Raise where the rows differ, with the ranks and what differs."""
-
-    def differs(column: int) -> Counter:
-        return Counter(table[:, column].tolist())
-
-    def tell(column: int, show: Any = str) -> str:
-        ranks: dict[str, list[int]] = {}
-        for rank, word in enumerate(table[:, column].tolist()):
-            ranks.setdefault(show(word), []).append(rank)
-        return "; ".join(f"{value} on rank{'s'[: len(r) > 1]} {', '.join(map(str, r))}" for value, r in ranks.items())
-
-    if len(differs(0)) > 1:
-        own = what.split("(")[0]
-        raise RuntimeError(f"the ranks call different losses or options, {own} here: {tell(0, hex)}")
-    for i in range(min(tensors, MOST)):
-        base = 2 + i * TENSOR_WORDS
-        names = ["dtype", "device", "requires_grad", "number of dimensions"]
-        shows = [lambda w: str(DTYPES[w]) if w < len(DTYPES) else "another", lambda w: "cpu" if w else "device"]
-        shows += [lambda w: str(bool(w)), str]
-        for offset, (label, show) in enumerate(zip(names, shows)):
-            if len(differs(base + offset)) > 1:
-                raise RuntimeError(
-                    f"{what}: the ranks disagree on the {label} of tensor {i}: {tell(base + offset, show)}"
-                )
-        for axis in range(5):
-            column = base + 4 + axis
-            if len(differs(column)) == 1 or (axis == 0 and uneven):
-                continue
-            hint = "; batches of different sizes need check='step'" if axis == 0 else ""
-            raise RuntimeError(
-                f"{what}: the ranks disagree on the size of dimension {axis} of tensor {i}: {tell(column)}{hint}"
-            )
-
-
-def _agree(xs: list[Tensor], wanted: list[bool], what: str, world: int, group: str) -> Tensor:
-    table = _exchange(_describe(xs, wanted, what), xs[0], world, group)
-    _compare(table, what, len(xs), uneven=True)
-    return table[:, 2 + 4].clone()
-
-
-# The rows of each rank, (world,) int64 on the CPU. An op, so that compiled code compares too, whenever it runs.
-agree = define(
-    "distributed_agree(Tensor[] xs, bool[] wanted, str what, SymInt world, str group) -> Tensor",
-    reference=_agree,
-    fake=lambda xs, wanted, what, world, group: torch.empty(world, dtype=torch.int64),
-    everywhere=True,
-)
-
-_agreed: set[Any] = set()
-
-
-def agree_once(xs: Sequence[Tensor], what: str, world: int, group: str) -> None:
-    """Compare what ranks bring at the first call with these shapes; their rows must be equal."""
-    key = (id(find(group)), what, *((x.shape, x.dtype, x.requires_grad) for x in xs))
-    if key not in _agreed:
-        table = _exchange(_describe(xs, [x.requires_grad for x in xs], what), xs[0], world, group)
-        _compare(table, what, len(xs), uneven=False)
-        _agreed.add(key)
+    return out.view(world, -1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as checks
+from sslkernels.distributed import _agreement as agreement
 from sslkernels.distributed import _collectives as collectives
 from sslkernels.ops._emitted import wants_grad
 
@@ -29,8 +30,8 @@ class Group:
             at hand are used; O(local batch) memory at any world size. "bidirectional_ring": both ways at once, half as
             many hops.
         check: when the ranks compare what they bring. "step": in every call; batches may then be uneven, and a rank
-            that brings another shape or dtype is an error on every rank. It costs one exchange of 512 bytes, and on a
-            group without a backend for the CPU the host waits for the device. "first": at the first call with these
+            that brings another shape, dtype or option is an error on every rank. It costs one exchange of 1 KiB, and on
+            a group without a backend for the CPU the host waits for the device. "first": at the first call with these
             shapes; all batches must be of one size. None: "step" where the group has a backend for the CPU (gloo; also
             the default of `init_process_group`, which has both), else "first".
 
@@ -129,22 +130,34 @@ def span(process_group: Any, strategy: str | None = None) -> tuple[str, int, int
     return handle.group_name, rank, world, strategy or group.strategy, check
 
 
-def batch(process_group: Any, strategy: str | None, what: str, *xs: Tensor | float | None) -> Batch:
-    """The global batch of a loss: checks that all ranks call `what` with the same tensors, but for their rows.
+def batch(process_group: Any, strategy: str | None, loss: str, /, **brought: Any) -> Batch:
+    """The global batch of a loss: checks that all ranks call it with the same arguments, but for their rows.
 
-    xs: the first is (rows, ...); tensors of one row a sample may have another number of them on each rank in step with
-    it. What is no tensor is compared by its presence alone.
+    brought: by the names that the user knows; the first is a tensor (rows, ...). Tensors are the same but for their
+    first dimension, which is the same on all ranks or in step with the rows; numbers, strings, bools and None are the
+    same; of anything else its type is.
     """
     name, rank, world, strategy, check = span(process_group, strategy)
-    first = xs[0]
-    assert isinstance(first, Tensor)
+    rows = next(iter(brought.values())).shape[0]
     if world == 1:
-        return Batch(name, rank, world, strategy, first.shape[0], None)
-    tensors = [x for x in xs if isinstance(x, Tensor)]
-    text = f"{what}({', '.join('tensor' if isinstance(x, Tensor) else '-' for x in xs)})"
+        return Batch(name, rank, world, strategy, rows, None)
+    tensors = {key: x for key, x in brought.items() if isinstance(x, Tensor)}
+    numbers = {key: float(x) for key, x in brought.items() if _is_number(x)}
+    options = {"strategy": strategy, "check": check, **brought}
+    lines = [f"{key}={_shown(x)}" for key, x in options.items() if key not in tensors and key not in numbers]
+    what = "\n".join([f"loss={loss}", *lines])
+    xs, names, values = list(tensors.values()), [*tensors, *numbers], list(numbers.values())
     sizes = None
     if check == "step":
-        sizes = collectives.agree(tensors, wants_grad(*tensors), text, world, name)
+        sizes = agreement.agree(xs, wants_grad(*xs), what, names, values, world, name)
     elif not torch.compiler.is_compiling():
-        collectives.agree_once(tensors, text, world, name)
-    return Batch(name, rank, world, strategy, first.shape[0], sizes)
+        agreement.agree_once(xs, what, names, values, world, name)
+    return Batch(name, rank, world, strategy, rows, sizes)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | torch.SymInt | torch.SymFloat) and not isinstance(x, bool)
+
+
+def _shown(x: Any) -> str:
+    return repr(x) if x is None or isinstance(x, bool | str) else f"a {type(x).__name__}"

@@ -56,6 +56,7 @@ def _one_call(
     return loss, positive.view(2, n), top.view(2, n)
 
 
+@distributed.raises_together
 def nt_xent(
     out0: Tensor,
     out1: Tensor,
@@ -107,7 +108,11 @@ def nt_xent(
     common.check_pair(sample_weight, out0=out0, out1=out1)
     common.check_options(reduction, label_smoothing, beta, tau_plus)
     n = out0.shape[0]
-    batch = distributed.batch(process_group, strategy, "nt_xent", out0, out1, temperature, sample_weight)
+    batch = distributed.batch(
+        *(process_group, strategy, "nt_xent"),
+        out0=out0, out1=out1, temperature=temperature, sample_weight=sample_weight, reduction=reduction,
+        label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus, return_stats=return_stats,
+    )  # fmt: skip
     if n < 2 and batch.local and (beta or tau_plus):
         raise ValueError(f"out0 must have at least two samples for beta or tau_plus, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)
@@ -137,6 +142,7 @@ def nt_xent(
     return (loss, common.statistics(positive, top[0].view(2, n))) if return_stats else loss
 
 
+@distributed.raises_together
 def dcl(
     out0: Tensor,
     out1: Tensor,
@@ -177,7 +183,11 @@ def dcl(
     common.check_pair(sample_weight, out0=out0, out1=out1)
     common.check_options(reduction)
     n = out0.shape[0]
-    batch = distributed.batch(process_group, strategy, "dcl", out0, out1, temperature, sample_weight)
+    batch = distributed.batch(
+        *(process_group, strategy, "dcl"),
+        out0=out0, out1=out1, temperature=temperature, weight_fn=weight_fn, sample_weight=sample_weight,
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
     if n < 2 and batch.local:
         raise ValueError(f"out0 must have at least two samples, as one has no negative, got shape {tuple(out0.shape)}")
     scale = common.inverse(temperature, out0)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks compare before they exchange anything: which loss, its options, and every tensor but for its rows.
+
+Collectives of unequal sizes abort the process (gloo) or hang (NCCL); numbers that differ give a wrong loss without a
+word. So each rank sends a text of what it brings to all, in one exchange of 1 KiB, and all raise the same error.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sslkernels.distributed import _collectives as collectives
+from sslkernels.ops._registry import define
+
+WORDS = 128  # int64 numbers: whether the rank failed, the hash of its text, rows of its tensors, the text
+ROWS = 14  # tensors whose leading sizes may differ between ranks
+TEXT = (WORDS - 2 - ROWS) * 8  # bytes of the text that are sent
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _describe(tensors: Sequence[Tensor], wanted: Sequence[bool], what: str, names: Sequence[str], numbers) -> str:
+    """A line "name=value" for the loss, each option, each number and each tensor."""
+    lines = [what]
+    for i, (name, x, grad) in enumerate(zip(names, tensors, wanted)):
+        sizes = ["rows" if axis == 0 and i < ROWS else str(size) for axis, size in enumerate(x.shape)]
+        shape = f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
+        dtype = str(x.dtype).removeprefix("torch.")
+        lines.append(f"{name}={dtype} {shape} on {x.device.type}{', requires_grad' * grad}")
+    lines += [f"{name}={number!r}" for name, number in zip(names[len(tensors) :], numbers)]
+    return "\n".join(lines)
+
+
+def _pack(failed: bool, rows: Sequence[int], text: str) -> list[int]:
+    data = text.encode()
+    digest = int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
+    data = data[:TEXT].ljust(TEXT, b"\0")
+    words = [int.from_bytes(data[i : i + 8], "big", signed=True) for i in range(0, TEXT, 8)]
+    return [failed, digest, *rows[:ROWS], *[0] * (ROWS - len(rows)), *words]
+
+
+def _text(words: list[int]) -> str:
+    data = b"".join(word.to_bytes(8, "big", signed=True) for word in words[2 + ROWS :])
+    return data.rstrip(b"\0").decode(errors="replace")
+
+
+def _leading(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.shape[0] if x.ndim else 1 for x in tensors]
+
+
+def _tell(values: Sequence[str]) -> str:
+    """ "a on ranks 0, 1; b on rank 2": what most ranks have comes first."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    ordered = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}" for value, r in ordered)
+
+
+def _compare(table: Tensor, names: Sequence[str], uneven: bool) -> None:
+    """Raise where the rows differ, with the ranks and what differs."""
+    if bool(table[:, 0].any()):
+        failed = int(table[:, 0].nonzero()[0])
+        raise RuntimeError(f"rank {failed} raised {_text(table[failed].tolist())}")
+    what = _text(table[0].tolist()).split("\n")[0].removeprefix("loss=")
+    if len(set(table[:, 1].tolist())) > 1:
+        fields = [dict(line.split("=", 1) for line in _text(row).split("\n") if "=" in line) for row in table.tolist()]
+        for name in dict.fromkeys(name for field in fields for name in field):
+            values = [field.get(name, "none") for field in fields]
+            if len(set(values)) > 1:
+                who = "the ranks" if name == "loss" else f"{what}: the ranks"
+                raise RuntimeError(
+                    f"{who} disagree on {'which loss it is' * (name == 'loss') or name}: {_tell(values)}"
+                )
+        raise RuntimeError(f"{what}: the ranks disagree on options beyond {TEXT} bytes of their text")
+    rows = table[:, 2]
+    for name, sizes in zip(names, table[:, 2 : 2 + ROWS].T):
+        if bool((sizes == sizes[0]).all()) or (uneven and bool((sizes * rows[0] == sizes[0] * rows).all())):
+            continue
+        hint = "" if uneven else "; batches of different sizes need check='step'"
+        raise RuntimeError(
+            f"{what}: the ranks disagree on the rows of {name}: {_tell(list(map(str, sizes.tolist())))}{hint}"
+        )
+
+
+def _exchange(words: list[int], like: Tensor | None, world: int, group: str) -> Tensor:
+    """What every rank describes, (world, WORDS), on the CPU."""
+    device = "cpu" if collectives.has_cpu_backend(group) else "cuda" if like is None else like.device
+    mine = torch.tensor(words, device=device)
+    return collectives.gather_words(mine, world, group).cpu()
+
+
+def _agree(xs, wanted, what, names, numbers, world, group) -> Tensor:
+    _Exchanges.count += 1
+    words = _pack(False, _leading(xs), _describe(xs, wanted, what, names, numbers))
+    table = _exchange(words, xs[0], world, group)
+    _compare(table, names, uneven=True)
+    return table[:, 2].clone()
+
+
+# The rows of each rank, (world,) int64 on the CPU. An op, so that compiled code compares too, whenever it runs.
+agree = define(
+    "distributed_agree(Tensor[] xs, bool[] wanted, str what, str[] names, float[] numbers, SymInt world, str group)"
+    " -> Tensor",
+    reference=_agree,
+    fake=lambda xs, wanted, what, names, numbers, world, group: torch.empty(world, dtype=torch.int64),
+    everywhere=True,
+)
+
+_agreed: set[Any] = set()
+
+
+def agree_once(
+    xs: Sequence[Tensor], what: str, names: Sequence[str], numbers: Sequence[float], world: int, group: str
+) -> None:
+    """Compare what ranks bring at the first call with these shapes and options; their rows must be equal."""
+    wanted = [x.requires_grad for x in xs]
+    text, rows = _describe(xs, wanted, what, names, numbers), _leading(xs)
+    key = (id(collectives.find(group)), text, *rows)
+    if key not in _agreed:
+        _Exchanges.count += 1
+        _compare(_exchange(_pack(False, rows, text), xs[0], world, group), names, uneven=False)
+        _agreed.add(key)
+
+
+class _Exchanges:
+    count = 0  # of this process, so that an error knows whether it came before its call's
+
+
+def raises_together(function: Callable[P, T]) -> Callable[P, T]:
+    """A loss whose error, where a rank has it before the ranks compare, is an error on all of them.
+
+    Without it the others would wait for that rank until the group's timeout. With `check="first"`, or while a compiler
+    traces, nobody listens, and they do.
+    """
+
+    @wraps(function)
+    def together(*args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs.get("process_group") is None or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        before = _Exchanges.count
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if _Exchanges.count == before:
+                _announce(function.__name__, error, kwargs["process_group"])
+            raise
+
+    return together
+
+
+def _announce(what: str, error: Exception, process_group: Any) -> None:
+    from sslkernels.distributed._group import span
+
+    try:
+        name, _, world, _, check = span(process_group)
+    except Exception:
+        return  # of the error that is raised: no group to tell
+    if world > 1 and check == "step":
+        _Exchanges.count += 1
+        text = f"{type(error).__name__} in {what}: {error}"
+        _exchange(_pack(True, [], text), None, world, name)
