@@ -9,10 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from sslkernels._autocast import cast_features
+from sslkernels.distributed._attention import attention, shard_attention
 from sslkernels.distributed._group import Batch
 from sslkernels.distributed._logsumexp import logsumexp
+from sslkernels.distributed._softplus import softplus, softplus_sum
 from sslkernels.ops import contrastive as ops
-from sslkernels.ops.contrastive import NOTHING, SELF, Exclude
+from sslkernels.ops._emitted import wants_grad
+from sslkernels.ops.contrastive import NOTHING, SELF, Exclude, _split, _weights
 
 
 def similarity_logsumexp(
@@ -30,12 +33,16 @@ def similarity_logsumexp(
     """`ops.similarity_logsumexp` of the own queries with the keys of all ranks, and of the own keys with all queries.
 
     `exclude.diagonal` and `period` are places in the own rows: a sample and its partner are on one rank. Groups and
-    masks are those of the own rows, and are compared with those of all ranks.
+    masks are those of the own rows, and are compared with those of all ranks. Frozen keys are not kept for backward,
+    which then exchanges nothing.
     """
     options: dict[str, Any] = {"columns": columns, "return_positive": return_positive, "return_max": return_max}
     if batch.local:
         return ops.similarity_logsumexp(q, k, scale, exclude, scales=scales, **options)
     q, k = cast_features(q, k)
+    if ops.emits_gradient(wants_grad(q, k, scale), scales, columns, return_positive):
+        row, top, _ = attention(q, k, *_split(scale), *exclude, *_way(batch, k))
+        return (row, None, top) if return_max else (row, None)
     offset = exclude.diagonal if return_positive else None
     row, col, positive, top = _call(batch, q, k, scale, exclude, scales, columns, offset, half=False)
     out = (row, col if columns else None)
@@ -66,6 +73,58 @@ def self_similarity_logsumexp(
     return out if len(out) > 1 else lse
 
 
+def sharded_logsumexp(
+    batch: Batch, q: Tensor, shard: Tensor, scale: Tensor | float = 1.0, *, return_max: bool = False
+) -> Any:
+    """Row log-sum-exps over the keys that all ranks hold, each its shard, which get no gradient: the queries travel.
+
+    Neither the shards nor a part of them are kept for backward, which exchanges nothing.
+    """
+    if batch.local:
+        row, _, *top = ops.similarity_logsumexp(q, shard.detach(), scale, columns=False, return_max=return_max)
+        return (row, *top) if return_max else row
+    q, shard = cast_features(q, shard)
+    row, top, _ = shard_attention(q, shard, *_split(scale), *_way(batch, q))
+    return (row, top) if return_max else row
+
+
+def similarity_softplus(
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor | float = 1.0,
+    bias: Tensor | float = 0.0,
+    exclude: Exclude = NOTHING,
+) -> Tensor:
+    """`ops.similarity_softplus` of the own queries with the keys of all ranks; `exclude` as above."""
+    if batch.local:
+        return ops.similarity_softplus(q, k, scale, bias, exclude)
+    q, k = cast_features(q, k)
+    return softplus(q, k, *_split(scale), *_split(bias), *exclude, *_route(batch, k))[0]
+
+
+def similarity_softplus_sum(
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor | float = 1.0,
+    bias: Tensor | float = 0.0,
+    *,
+    weight: Tensor | float = 1.0,
+    exclude: Exclude = NOTHING,
+) -> Tensor:
+    """`ops.similarity_softplus_sum` of the own queries with the keys of all ranks; backward exchanges nothing.
+
+    The gradient of the own keys holds what other ranks' losses are to give, at one upstream gradient for all ranks.
+    """
+    if batch.local:
+        return ops.similarity_softplus_sum(q, k, scale, bias, weight=weight, exclude=exclude)
+    rows, number = _weights(weight, q.shape[0], q)
+    q, k = cast_features(q, k)
+    numbers = (rows, number, *_split(scale), *_split(bias))
+    return softplus_sum(q, k, *numbers, *exclude, *_way(batch, k), wants_grad(q, k, scale, bias))[0]
+
+
 def _call(
     batch: Batch,
     q: Tensor,
@@ -78,10 +137,19 @@ def _call(
     half: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     multipliers = (1.0,) if scales is None else tuple(map(float, scales))
-    pair = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    sizes = batch.sizes_of(q if k is None else k)
-    route = (sizes, batch.rank, batch.world, batch.strategy, sizes is None, batch.name)
-    row, col, positive, top, _ = logsumexp(q, k, *pair, *exclude, multipliers, columns, offset, half, *route)
+    options = (multipliers, columns, offset, half)
+    route = _route(batch, q if k is None else k)
+    row, col, positive, top, _ = logsumexp(q, k, *_split(scale), *exclude, *options, *route)
     if scales is None:
         row, col = row[0], col[0] if columns else col
     return row, col, positive, top
+
+
+def _way(batch: Batch, travels: Tensor) -> tuple[Any, ...]:
+    return batch.sizes_of(travels), batch.rank, batch.world, batch.strategy, batch.name
+
+
+def _route(batch: Batch, travels: Tensor) -> tuple[Any, ...]:
+    """With whether backward may take what "gather" brought: not where its size is known at run time alone."""
+    *way, name = _way(batch, travels)
+    return *way, way[0] is None, name

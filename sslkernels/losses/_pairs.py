@@ -11,6 +11,7 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels._autocast import cast_features
+from sslkernels.distributed import contrastive as spread
 from sslkernels.losses import _common as common
 from sslkernels.ops import contrastive as ops
 from sslkernels.ops.contrastive import Exclude
@@ -217,6 +218,8 @@ def siglip_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """SigLIP: every pair of an image and a text is its own yes-or-no question.
 
@@ -235,6 +238,11 @@ def siglip_loss(
         sample_weight: (N,), weights of the images' rows; the mean is divided by their sum.
         return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits, bias included) from image
             to text. They cost one more product: this loss needs no maximum.
+        process_group, strategy: as in `distributed.Group`; the texts are then those of all ranks. Images stay where
+            they are. For a mean or a sum the texts' gradients come home in the forward, whose work they share: all
+            ranks must then scale their loss alike.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -248,8 +256,8 @@ def siglip_loss(
     """
     common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
     common.check_options(reduction, label_smoothing)
-    batch = distributed.alone(image_features)
-    n = image_features.shape[0]
+    tensors = (image_features, text_features, logit_scale, logit_bias, sample_weight)
+    batch = distributed.batch(process_group, strategy, "siglip_loss", *tensors)
     scale = common.scalar("logit_scale", logit_scale, image_features)
     bias = 0.0 if logit_bias is None else common.scalar("logit_bias", logit_bias, image_features)
     image, text = cast_features(image_features, text_features)
@@ -257,17 +265,17 @@ def siglip_loss(
     rows = common.softplus(-positive)
     if label_smoothing:
         i, t = common.wide(image), common.wide(text)
-        total = (i @ t.sum(0)) * scale + n * bias  # sum_j s_ij
+        total = (i @ batch.sum(t.sum(0))) * scale + batch.total(i) * bias  # sum_j s_ij
         rows = rows + 0.5 * label_smoothing * (2 * positive - total)
     if common.one_sweep(reduction, sample_weight):
         weight = common.row_weight(positive, reduction, sample_weight, batch)
-        negative = ops.similarity_softplus_sum(image, text, scale, bias, weight=weight, exclude=OTHERS)
+        negative = spread.similarity_softplus_sum(batch, image, text, scale, bias, weight=weight, exclude=OTHERS)
         loss = negative + common.reduce(rows, reduction, sample_weight, batch)
     else:
-        rows = rows + ops.similarity_softplus(image, text, scale, bias, OTHERS)
+        rows = rows + spread.similarity_softplus(batch, image, text, scale, bias, OTHERS)
         loss = common.reduce(rows, reduction, sample_weight, batch)
     if not return_stats:
         return loss
     with torch.no_grad():
-        top = ops.similarity_logsumexp(image, text, scale, OTHERS, columns=False, return_max=True)[2] + bias
-    return loss, common.statistics(positive, top)
+        _, _, top = spread.similarity_logsumexp(batch, image, text, scale, OTHERS, columns=False, return_max=True)
+    return loss, common.statistics(positive, top + bias)

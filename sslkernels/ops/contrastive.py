@@ -83,6 +83,11 @@ def _keep(q: Tensor, k: Tensor, wanted: Sequence[bool]) -> bool:
     return any(wanted) and q.device.type == "cpu" and size <= KEPT_BYTES
 
 
+def emits_gradient(wanted: Sequence[bool], scales: Any, columns: bool, return_positive: bool) -> bool:
+    """Whether rows alone are asked for over frozen keys; wanted: which of queries, keys, scale need a gradient."""
+    return not columns and scales is None and not return_positive and not wanted[1] and any(wanted)
+
+
 def l2_normalize(*xs: Tensor, eps: float = EPS) -> Tensor:
     """Rows of unit length, the tensors one below the other: cat and normalize in one pass, with one backward.
 
@@ -157,7 +162,7 @@ def similarity_logsumexp(
             f"return_positive needs exclude.diagonal in [0, {k.shape[0] - q.shape[0]}] and no period, got {offset}"
         )
     pair, wanted = _split(scale), wants_grad(q, k, scale)
-    if not columns and scales is None and not return_positive and not wanted[1] and any(wanted):
+    if emits_gradient(wanted, scales, columns, return_positive):
         row, top, _ = op.attention(q, k, *pair, *exclude)
         return (row, None, top) if return_max else (row, None)
     kept = _keep(q, k, wanted)
