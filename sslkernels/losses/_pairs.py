@@ -208,6 +208,7 @@ def clip_loss(
     return (loss, common.statistics(positive, top)) if return_stats else loss
 
 
+@distributed.raises_together
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -256,8 +257,11 @@ def siglip_loss(
     """
     common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
     common.check_options(reduction, label_smoothing)
-    tensors = (image_features, text_features, logit_scale, logit_bias, sample_weight)
-    batch = distributed.batch(process_group, strategy, "siglip_loss", *tensors)
+    batch = distributed.batch(
+        *(process_group, strategy, "siglip_loss"),
+        image_features=image_features, text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias,
+        sample_weight=sample_weight, reduction=reduction, label_smoothing=label_smoothing, return_stats=return_stats,
+    )  # fmt: skip
     scale = common.scalar("logit_scale", logit_scale, image_features)
     bias = 0.0 if logit_bias is None else common.scalar("logit_bias", logit_bias, image_features)
     image, text = cast_features(image_features, text_features)

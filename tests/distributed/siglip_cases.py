@@ -44,7 +44,7 @@ def rows_weighed(*args: Any, **options: Any) -> Tensor:
     from sslkernels import distributed
 
     rows = losses.siglip_loss(*args, reduction="none", **options).square()
-    return distributed.batch(options["process_group"], None, "rows", rows).mean(rows) if options else rows.mean()
+    return distributed.batch(options["process_group"], None, "rows", rows=rows).mean(rows) if options else rows.mean()
 
 
 siglip = Case(ImageText, image_text)
