@@ -93,6 +93,12 @@ class Batch:
         """The rows of all ranks below each other; the gradient returns summed, in float32 at least."""
         return x if self.local else collectives.gather_rows(x, self.sizes_of(x), self.world, self.name)
 
+    def own(self, x: Tensor) -> Tensor:
+        """The part of this rank in something that has a row for each of the batch's."""
+        if self.sizes is None:
+            return x.narrow(0, self.rank * self.rows, self.rows)
+        return x.index_select(0, self.sizes[: self.rank].sum() + torch.arange(self.rows, device=x.device))
+
     def mean(self, rows: Tensor, dim: int = -1) -> Tensor:
         """What this rank returns for a mean over the rows of all ranks: the mean of it over the ranks is that."""
         if self.local:

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sslkernels._autocast import cast_features
+from sslkernels.distributed import _group_sums as sums_op
 from sslkernels.distributed._attention import attention, shard_attention
 from sslkernels.distributed._group import Batch
 from sslkernels.distributed._logsumexp import logsumexp
@@ -123,6 +125,20 @@ def similarity_softplus_sum(
     q, k = cast_features(q, k)
     numbers = (rows, number, *_split(scale), *_split(bias))
     return softplus_sum(q, k, *numbers, *exclude, *_way(batch, k), wants_grad(q, k, scale, bias))[0]
+
+
+def group_sums(batch: Batch, x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """For each own row the sum of all ranks' rows of its group, and how many they are; the own groups ascend.
+
+    x: (N, D), groups: (N,) int64. Returns (N, D) and (N,), in float32 at least.
+    """
+    if not batch.local:
+        return sums_op.group_sums(x, groups, *_way(batch, x))
+    group = torch.zeros_like(groups)
+    group[1:] = (groups[1:] != groups[:-1]).cumsum(0)
+    sums = torch.zeros_like(x).index_add(0, group, x)  # (groups <= N, D)
+    counts = x.new_zeros(len(x)).index_add(0, group, x.new_ones(len(x)))
+    return sums.index_select(0, group), counts[group]
 
 
 def _call(

@@ -62,8 +62,16 @@ def refuse_gather(gather_distributed: bool) -> None:
 class ImageTextLoss(Loss):
     function: Callable[..., Any]
 
-    def __init__(self, *, reduction: str = "mean", label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        process_group: Any = None,
+        strategy: str | None = None,
+    ) -> None:
         super().__init__(reduction=reduction, label_smoothing=label_smoothing)
+        self.span = spanning(False, process_group, strategy)
 
     def forward(
         self,
@@ -76,7 +84,7 @@ class ImageTextLoss(Loss):
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         result = type(self).function(image_features, text_features, logit_scale, logit_bias, **call)
         if not output_dict:
             return result

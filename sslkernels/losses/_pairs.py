@@ -11,6 +11,7 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels._autocast import cast_features
+from sslkernels.distributed import Batch
 from sslkernels.distributed import contrastive as spread
 from sslkernels.losses import _common as common
 from sslkernels.ops import contrastive as ops
@@ -20,6 +21,7 @@ OTHERS = Exclude(diagonal=0)
 ALL = Exclude()
 
 
+@distributed.raises_together
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -34,6 +36,8 @@ def info_nce(
     tau_plus: float = 0.0,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """InfoNCE, one direction: each query finds its key.
 
@@ -62,7 +66,11 @@ def info_nce(
         tau_plus: expected share of false negatives, taken out of the denominator (Chuang et al. 2020, "debiased");
             for unit rows.
         sample_weight: (N,); the mean is divided by the sum of the weights.
-        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits).
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) of the own rows.
+        process_group, strategy: as in `distributed.Group`; the other rows of positive_key are then those of all ranks.
+            negative_keys (M, D) must be the same on all, as those of a queue that each fills with the keys of all.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -78,33 +86,38 @@ def info_nce(
     common.check_pair(sample_weight, query=query, positive_key=positive_key)
     common.check_options(reduction, label_smoothing, beta, tau_plus)
     _check_negatives(query, negative_keys)
-    batch = distributed.alone(query)
-    n, scale = query.shape[0], common.inverse(temperature, query)
     in_batch = in_batch or negative_keys is None
+    batch = distributed.batch(
+        *(process_group, strategy, "info_nce"),
+        query=query, positive_key=positive_key, negative_keys=negative_keys, temperature=temperature,
+        sample_weight=sample_weight, in_batch=in_batch, normalize=normalize, reduction=reduction,
+        label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus,
+    )  # fmt: skip
+    scale = common.inverse(temperature, query)
     features = [x for x in (query, positive_key, negative_keys) if x is not None]
     if normalize:
         features = [common.normalize(x) for x in features]
     q, k, *rest = cast_features(*features)
     positive = common.row_dot(q, k) * scale
-    count = (n - 1 if in_batch else 0) + (negative_keys.shape[-2] if negative_keys is not None else 0)
-    if not count and (beta or tau_plus):
+    count = (batch.total(positive) - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2])
+    if batch.local and not count and (beta or tau_plus):
         raise ValueError(f"query must have at least two samples for beta or tau_plus, got shape {tuple(query.shape)}")
 
-    shared = len(rest) == 0 or (rest[0].ndim == 2 and not in_batch)
-    if shared and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
+    at_hand = batch.local if not rest else rest[0].ndim == 2 and not in_batch  # all negatives are, and shared
+    if at_hand and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
         weight = common.row_weight(positive, reduction, sample_weight, batch)
         keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)
         loss, _, top = ops.similarity_cross_entropy(q, keys, positive, scale, weight=weight, exclude=pairs)
     else:
-        parts = [_log_sum(q, k, scale, OTHERS, beta)] if in_batch else []
-        parts += [_log_sum(q, x, scale, ALL, beta) for x in rest]
+        parts = [_log_sum(batch, q, k, scale, OTHERS, beta)] if in_batch else []
+        parts += [_log_sum(distributed.alone(q), q, x, scale, ALL, beta) for x in rest]
         lse, top = parts[0]
         for lse_part, top_part in parts[1:]:
             lse, top = torch.logaddexp(lse, lse_part), torch.maximum(top, top_part)
         lse = common.negatives(lse, positive, count, scale, beta, tau_plus)
         loss = common.reduce(common.softplus(lse - positive), reduction, sample_weight, batch)
     if label_smoothing:
-        total = common.wide(k).sum(0) if in_batch else 0.0
+        total = batch.sum(common.wide(k).sum(0)) if in_batch else 0.0
         for x in rest:
             total = total + common.wide(x).sum(-2)
         candidates = (q * total).sum(-1) * scale + (0.0 if in_batch else positive)
@@ -128,7 +141,9 @@ def _check_negatives(query: Tensor, negative_keys: Tensor | None) -> None:
         raise ValueError(f"negative_keys must not be empty, got shape {tuple(negative_keys.shape)}")
 
 
-def _log_sum(q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: float) -> tuple[Tensor, Tensor]:
+def _log_sum(
+    batch: Batch, q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: float
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each query's negatives, (N,), or (2, N) at scales 1 + beta and beta; and the largest logit."""
     multipliers = (1.0 + beta, beta) if beta else (1.0,)
     if k.ndim == 3:
@@ -140,14 +155,15 @@ def _log_sum(q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: 
         return (torch.stack(lse) if beta else lse[0]), top
     if beta and not k.requires_grad:
         # one sweep for each scale instead of one for both, as only that form keeps no keys for backward
-        hard, _, top = ops.similarity_logsumexp(q, k, scale * (1.0 + beta), pairs, columns=False, return_max=True)
-        soft, _ = ops.similarity_logsumexp(q, k, scale * beta, pairs, columns=False)
+        hard, _, top = spread.similarity_logsumexp(batch, q, k, scale * (1.0 + beta), pairs, columns=False, return_max=True)
+        soft, _ = spread.similarity_logsumexp(batch, q, k, scale * beta, pairs, columns=False)
         return torch.stack([hard, soft]), top / (1.0 + beta)
     scales = multipliers if beta else None
-    lse, _, top = ops.similarity_logsumexp(q, k, scale, pairs, scales=scales, columns=False, return_max=True)
+    lse, _, top = spread.similarity_logsumexp(batch, q, k, scale, pairs, scales=scales, columns=False, return_max=True)
     return lse, top
 
 
+@distributed.raises_together
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -158,6 +174,8 @@ def clip_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """CLIP's symmetric cross-entropy between images and texts.
 
@@ -174,7 +192,13 @@ def clip_loss(
         reduction: "mean", "sum" or "none": (N,).
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both directions.
         sample_weight: (N,), a weight for both directions of a pair; the mean is divided by the sum of the weights.
-        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) from image to text.
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) from image to text, of the
+            own images.
+        process_group, strategy: as in `distributed.Group`; the other images and texts are then those of all ranks.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process. Texts
+    alone travel: what they have of a rank's images comes home as one number a text, for half the products and half the
+    bytes of gathering both.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -189,16 +213,20 @@ def clip_loss(
     """
     common.check_pair(sample_weight, image_features=image_features, text_features=text_features)
     common.check_options(reduction, label_smoothing)
-    batch = distributed.alone(image_features)
+    batch = distributed.batch(
+        *(process_group, strategy, "clip_loss"),
+        image_features=image_features, text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias,
+        sample_weight=sample_weight, reduction=reduction, label_smoothing=label_smoothing,
+    )  # fmt: skip
     scale = common.scalar("logit_scale", logit_scale, image_features)
     image, text = cast_features(image_features, text_features)
-    row, col, positive, top = ops.similarity_logsumexp(
-        image, text, scale, OTHERS, return_positive=True, return_max=True
+    row, col, positive, top = spread.similarity_logsumexp(
+        batch, image, text, scale, OTHERS, return_positive=True, return_max=True
     )
     rows = common.softplus(torch.stack([row, col]) - positive).mean(0)
     if label_smoothing:
         i, t = common.wide(image), common.wide(text)
-        mean = (i @ t.sum(0) + t @ i.sum(0)) * (scale / (2 * len(i)))
+        mean = (i @ batch.sum(t.sum(0)) + t @ batch.sum(i.sum(0))) * (scale / (2 * batch.total(i)))
         rows = rows + label_smoothing * (positive - mean)
     if logit_bias is not None:
         bias = common.scalar("logit_bias", logit_bias, image_features)

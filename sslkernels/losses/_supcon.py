@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels._autocast import cast_features
+from sslkernels.distributed import Batch
+from sslkernels.distributed.contrastive import group_sums, self_similarity_logsumexp
 from sslkernels.losses import _common as common
-from sslkernels.ops.contrastive import (
-    Exclude,
-    l2_normalize,
-    self_similarity_logsumexp,
-)
+from sslkernels.ops.contrastive import Exclude, l2_normalize
 
 
+@distributed.raises_together
 def supcon(
     features: Tensor,
     labels: Tensor | None = None,
@@ -27,6 +27,8 @@ def supcon(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """Supervised contrastive loss: each feature attracts all others of its label.
 
@@ -46,7 +48,11 @@ def supcon(
         label_smoothing: as in `torch.nn.functional.cross_entropy`, over all other features.
         sample_weight: (N,) or (B,); the mean is divided by the sum of the weights of the rows that have a positive.
         return_stats: also return detached `top1` (a nearest neighbour of the same label), `positive` (mean logit of
-            the positives) and `hardest_negative` (mean over the rows), from the same sweeps.
+            the positives) and `hardest_negative` (mean over the rows), from the same sweeps, of the own rows.
+        process_group, strategy: as in `distributed.Group`; all other features, and rows of the same label, are then
+            those of all ranks. Labels travel with the features. Without labels a sample is its own label.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -59,33 +65,39 @@ def supcon(
         >>> features = torch.randn(8, 16, requires_grad=True)
         >>> supcon(features, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])).backward()
     """
-    labels, sample_weight, features = _flat_views(features, labels, sample_weight)
     common.check_options(reduction, label_smoothing)
+    _check(features, labels, sample_weight)
+    batch = distributed.batch(
+        *(process_group, strategy, "supcon"),
+        features=features, labels=labels, temperature=temperature, sample_weight=sample_weight, reduction=reduction,
+        label_smoothing=label_smoothing, return_stats=return_stats,
+    )  # fmt: skip
     scale = common.inverse(temperature, features)
+    labels, sample_weight, features = _flat_views(features, labels, sample_weight, batch)
     # rows of one label next to each other: whole tiles of the sweeps are then all positives or all negatives
     labels, order = labels.sort()
     (z,) = cast_features(l2_normalize(features.index_select(0, order)))
-    lse_neg, top_neg = self_similarity_logsumexp(z, scale, Exclude(query_groups=labels), return_max=True)
+    lse_neg, top_neg = _log_sum(batch, z, scale, Exclude(query_groups=labels), return_stats)
     same = Exclude(diagonal=0, query_groups=labels, differ=True)
-    lse_pos, top_pos = self_similarity_logsumexp(z, scale, same, return_max=True)
+    lse_pos, top_pos = _log_sum(batch, z, scale, same, return_stats)
 
-    group = torch.zeros_like(labels)
-    group[1:] = (labels[1:] != labels[:-1]).cumsum(0)
     zc = common.wide(z)
     self_dot = common.row_dot(zc, zc)
-    sums = torch.zeros_like(zc).index_add(0, group, zc)  # (groups <= N, D)
-    count = torch.zeros_like(self_dot).index_add(0, group, torch.ones_like(self_dot))[group] - 1  # |P(i)|
-    mean = (common.row_dot(zc, sums.index_select(0, group)) - self_dot) * (scale / count.clamp(min=1))
+    sums, count = group_sums(batch, zc if batch.local else z, labels)  # rows travel in 16 bits where they have them
+    count = count - 1  # |P(i)|
+    mean = (common.row_dot(zc, sums) - self_dot) * (scale / count.clamp(min=1))
 
     has = count > 0
     lse_pos = lse_pos.where(has, 0.0)
     # with one positive the two are equal: their difference is exactly 0, and so is its gradient
     rows = (lse_pos - mean).where(count > 1, 0.0) + common.softplus(lse_neg - lse_pos)
     if label_smoothing:
-        rows = rows + label_smoothing * (mean - (zc @ zc.sum(0) - self_dot) * (scale / max(len(zc) - 1, 1)))
+        others = batch.total(zc) * (len(zc) // batch.rows) - 1
+        candidates = (zc @ batch.sum(zc.sum(0)) - self_dot) * (scale / (others + (others == 0)))
+        rows = rows + label_smoothing * (mean - candidates)
     rows = rows.where(labels >= 0, torch.nan)
     weight = has.to(rows.dtype) if sample_weight is None else has * sample_weight[order].to(rows.dtype)
-    loss = _reduce_present(rows, reduction, weight, order)
+    loss = _reduce_present(rows, reduction, weight, order, batch)
     if not return_stats:
         return loss
     with torch.no_grad():
@@ -98,10 +110,15 @@ def supcon(
     return loss, stats
 
 
-def _flat_views(
-    features: Tensor, labels: Tensor | None, sample_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Checked, and with views (B, V, D) flattened sample by sample."""
+def _log_sum(
+    batch: Batch, z: Tensor, scale: Tensor | float, pairs: Exclude, return_max: bool
+) -> tuple[Tensor, Tensor | None]:
+    if return_max:
+        return self_similarity_logsumexp(batch, z, scale, pairs, return_max=True)
+    return self_similarity_logsumexp(batch, z, scale, pairs), None
+
+
+def _check(features: Tensor, labels: Tensor | None, sample_weight: Tensor | None) -> None:
     check.tensor("features", features)
     if features.ndim not in (2, 3):
         raise ValueError(f"features must be (N, D), or views (B, V, D), got shape {tuple(features.shape)}")
@@ -111,12 +128,18 @@ def _flat_views(
     if 0 in features.shape[:-1]:
         raise ValueError(f"features must not be an empty batch, got shape {tuple(features.shape)}")
     common.check_weight(sample_weight, features)
-    if labels is None:
-        labels = torch.arange(features.shape[0], device=features.device)
-    else:
+    if labels is not None:
         check.vector("labels", labels, features.shape[0], features, (torch.int64,))
         if check.readable(labels) and bool((labels < 0).any()):
             raise ValueError(f"labels must not be negative, got {labels.min().item()}")
+
+
+def _flat_views(
+    features: Tensor, labels: Tensor | None, sample_weight: Tensor | None, batch: Batch
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Labels, weights and features, with views (B, V, D) flattened sample by sample."""
+    if labels is None:  # no two samples of any ranks have one
+        labels = torch.arange(batch.rows, device=features.device) * batch.world + batch.rank
     if features.ndim == 3:
         views = features.shape[1]
         labels = labels.repeat_interleave(views)
@@ -124,11 +147,13 @@ def _flat_views(
     return labels, sample_weight, features.flatten(0, -2)
 
 
-def _reduce_present(rows: Tensor, reduction: str, weight: Tensor, order: Tensor) -> Tensor:
+def _reduce_present(rows: Tensor, reduction: str, weight: Tensor, order: Tensor, batch: Batch) -> Tensor:
     if reduction == "none":
         return torch.zeros_like(rows).index_copy(0, order, rows * weight)
     total = (rows * weight).sum()
+    if not batch.local:
+        total = total * batch.world
     if reduction == "sum":
         return total
-    present = weight.sum()
+    present = batch.sum(weight.sum())
     return total / present.where(present > 0, 1.0)

@@ -168,7 +168,8 @@ def dcl(
     Args:
         out0, out1: the two views' projections, (N, D), not normalised; N > 1.
         temperature, reduction, sample_weight, return_stats, process_group, strategy: as in `nt_xent`.
-        weight_fn: called with the two views' unit rows, returns the positives' weights (N,).
+        weight_fn: called with the two views' unit rows, returns the positives' weights (N,). Over several ranks it is
+            called with the rows of all, in the order of the ranks, which are gathered for it whatever the strategy.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -200,18 +201,22 @@ def dcl(
         batch, z, scale, others, return_positive=True, return_max=return_stats
     )
     positive = positive.view(2, n)
-    rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z[:n], z[n:]))
+    rows = lse.view(2, n) - (positive if weight_fn is None else positive * _positive_weights(weight_fn, z, batch))
     loss = common.reduce(rows, reduction, sample_weight, batch)
     return (loss, common.statistics(positive, top[0].view(2, n))) if return_stats else loss
 
 
-def _positive_weights(weight_fn: Callable[[Tensor, Tensor], Tensor], z0: Tensor, z1: Tensor) -> Tensor:
+def _positive_weights(weight_fn: Callable[[Tensor, Tensor], Tensor], z: Tensor, batch: Batch) -> Tensor:
+    """(2, N), of the own rows."""
+    z0, z1 = z.chunk(2)
+    if not batch.local:
+        z0, z1 = batch.gather(torch.cat([z0, z1], 1)).chunk(2, 1)
     weights = weight_fn(z0, z1), weight_fn(z1, z0)
     for w in weights:
         check.tensor("the result of weight_fn", w)
         if w.shape != (z0.shape[0],):
             raise ValueError(f"weight_fn must return shape ({z0.shape[0]},), got {tuple(w.shape)}")
-    return torch.stack(weights)
+    return torch.stack([batch.own(w) for w in weights])
 
 
 def mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:

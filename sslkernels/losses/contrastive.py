@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels.losses import _common as common
 from sslkernels.losses._cpc import CPCLoss, cpc_loss
-from sslkernels.losses._module import ImageTextLoss, Loss, refuse_gather, spanning
+from sslkernels.losses._module import ImageTextLoss, Loss, spanning
 from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
 from sslkernels.losses._supcon import supcon
 from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent
@@ -71,8 +71,9 @@ class NTXentLoss(Loss):
         temperature: number, or nn.Parameter to be learned.
         memory_bank_size: (size, dim) of a queue whose keys are the negatives of out0, instead of the batch. out1 then
             is enqueued after the loss if out0 requires a gradient. A plain size takes dim from the first batch.
-        gather_distributed: must be False.
-        reduction, label_smoothing, beta, tau_plus: as in `nt_xent`; with a memory bank as in `info_nce`.
+        gather_distributed: True is process_group="world", as lightly's.
+        reduction, label_smoothing, beta, tau_plus, process_group, strategy: as in `nt_xent`; with a memory bank as in
+            `info_nce`.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.1)
@@ -91,11 +92,13 @@ class NTXentLoss(Loss):
         label_smoothing: float = 0.0,
         beta: float = 0.0,
         tau_plus: float = 0.0,
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         super().__init__(
             temperature, reduction=reduction, label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus
         )
-        refuse_gather(gather_distributed)
+        self.span = spanning(gather_distributed, process_group, strategy)
         size, *dim = (memory_bank_size,) if isinstance(memory_bank_size, int) else memory_bank_size
         if size < 0 or len(dim) > 1:
             raise ValueError(f"memory_bank_size must be a size or (size, dim), not negative, got {memory_bank_size}")
@@ -107,7 +110,7 @@ class NTXentLoss(Loss):
     def forward(
         self, out0: Tensor, out1: Tensor, *, sample_weight: Tensor | None = None, return_stats: bool = False
     ) -> Any:
-        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         if not self.bank_size:
             return nt_xent(out0, out1, self.temperature, **call)
         common.check_pair(sample_weight, out0=out0, out1=out1)
@@ -131,7 +134,7 @@ class InfoNCELoss(Loss):
 
     Args:
         temperature: number, or nn.Parameter to be learned.
-        in_batch, normalize, reduction, label_smoothing, beta, tau_plus: as in `info_nce`.
+        in_batch, normalize, reduction, label_smoothing, beta, tau_plus, process_group, strategy: as in `info_nce`.
 
     Example:
         >>> loss_fn, queue = InfoNCELoss(temperature=0.07), MemoryQueue(1024, 16)
@@ -151,6 +154,8 @@ class InfoNCELoss(Loss):
         label_smoothing: float = 0.0,
         beta: float = 0.0,
         tau_plus: float = 0.0,
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         super().__init__(
             temperature,
@@ -161,6 +166,7 @@ class InfoNCELoss(Loss):
             beta=beta,
             tau_plus=tau_plus,
         )
+        self.span = spanning(False, process_group, strategy)
 
     def forward(
         self,
@@ -171,15 +177,20 @@ class InfoNCELoss(Loss):
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         return info_nce(query, positive_key, negative_keys, self.temperature, **call)
 
 
 class ClipLoss(ImageTextLoss):
-    """`clip_loss` as a module; one process, so open_clip's arguments that share it out are not taken.
+    """`clip_loss` as a module.
+
+    `process_group` is in place of open_clip's `rank`, `world_size`, `local_loss`, `gather_with_grad`, `cache_labels`
+    and `use_horovod`. There the gradients depend on a pair of flags: by default they are 1 / world_size of the true
+    ones, `local_loss=True` alone leaves out what comes through other ranks' features, which turns them, and with
+    `gather_with_grad=True` they are right. Here they are right.
 
     Args:
-        reduction, label_smoothing: as in `clip_loss`.
+        reduction, label_smoothing, process_group, strategy: as in `clip_loss`.
 
     `forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)` is open_clip's;
     `output_dict=True` gives `{"contrastive_loss": loss}`.
@@ -193,10 +204,10 @@ class ClipLoss(ImageTextLoss):
 
 
 class SigLipLoss(ImageTextLoss):
-    """`siglip_loss` as a module; one process, so open_clip's arguments that share it out are not taken.
+    """`siglip_loss` as a module; `process_group` is in place of open_clip's `rank`, `world_size` and `dist_impl`.
 
     Args:
-        reduction, label_smoothing: as in `siglip_loss`.
+        reduction, label_smoothing, process_group, strategy: as in `siglip_loss`.
 
     `forward(image_features, text_features, logit_scale, logit_bias, output_dict=False)` is open_clip's;
     `output_dict=True` gives `{"contrastive_loss": loss}`.
@@ -214,7 +225,7 @@ class SupConLoss(Loss):
 
     Args:
         temperature: number, or nn.Parameter to be learned.
-        reduction, label_smoothing: as in `supcon`.
+        reduction, label_smoothing, process_group, strategy: as in `supcon`.
 
     Example:
         >>> loss = SupConLoss(temperature=0.1)(torch.randn(6, 16), torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -226,8 +237,11 @@ class SupConLoss(Loss):
         *,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         super().__init__(temperature, reduction=reduction, label_smoothing=label_smoothing)
+        self.span = spanning(False, process_group, strategy)
 
     def forward(
         self,
@@ -237,7 +251,7 @@ class SupConLoss(Loss):
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        call = {**self.options, "sample_weight": sample_weight, "return_stats": return_stats}
+        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         return supcon(features, labels, self.temperature, **call)
 
 

@@ -56,11 +56,12 @@ def _gradients(model: nn.Module) -> Gradients:
 
 
 def alone(case: Case, setting: Setting) -> tuple[Tensor, Gradients]:
-    """The loss of one process on all rows, and its gradients."""
-    model, total = _model(case, setting.dtype), torch.zeros((), dtype=torch.float64)
+    """The loss of one process on all rows, and its gradients: of the ranks' numbers, however rounded, in float64."""
+    model, total = _model(case, setting.dtype).double(), torch.zeros((), dtype=torch.float64)
     for seed in range(setting.micro_batches):
         parts = _inputs(case, setting.sizes, setting.dtype, seed)
-        loss = model(*(torch.cat(rows) for rows in zip(*parts))) / setting.micro_batches
+        rows = [torch.cat(x) for x in zip(*parts)]
+        loss = model(*(x.double() if x.is_floating_point() else x for x in rows)) / setting.micro_batches
         loss.backward()
         total += loss.detach()
     return total, _gradients(model)
@@ -110,7 +111,7 @@ def check(ranks: Any, name: str, group: str, setting: Setting, tolerance: float 
     module = module or "distributed_cases"
     setting = setting._replace(sizes=setting.sizes[: len(GROUPS[group])])
     case = getattr(importlib.import_module(module), name)
-    loss, gradients = alone(case, setting._replace(dtype=torch.float64))
+    loss, gradients = alone(case, setting)
     outcomes = ranks.run(step, group, name, module, setting)
     mean = torch.stack([value for value, _ in outcomes]).mean()
     assert abs(mean - loss) <= tolerance * abs(loss), f"loss {mean} instead of {loss}"

@@ -139,7 +139,7 @@ def test_bad_temperature(name: str) -> None:
         (lambda: losses.mises_fisher_weights(A, B, 0.0), ValueError, "sigma must be positive and finite, got 0.0"),
         (lambda: losses.NTXentLoss(0.0), ValueError, "temperature must be positive and finite, got 0.0"),
         (lambda: losses.NTXentLoss(torch.tensor(0.1)), TypeError, "nn.Parameter to be learned, got a plain tensor"),
-        (lambda: losses.NTXentLoss(gather_distributed=True), NotImplementedError, "gather_distributed=True"),
+        (lambda: losses.NTXentLoss(strategy="star"), ValueError, "strategy must be one of .gather., .ring."),
         (lambda: losses.NTXentLoss(memory_bank_size=-1), ValueError, "memory_bank_size must be .* got -1"),
         (lambda: losses.NTXentLoss(memory_bank_size=(4, 3, 2)), ValueError, r"memory_bank_size .* got \(4, 3, 2\)"),
         (lambda: losses.NTXentLoss(memory_bank_size=(8, 5))(A, B), ValueError, r"as many features as query .*\(8, 5\)"),
