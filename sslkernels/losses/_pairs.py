@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,13 +154,13 @@ def _log_sum(
         with torch.no_grad():
             top = (torch.einsum("nd,nmd->nm", common.wide(q), common.wide(k)) * scale).amax(1)
         return (torch.stack(lse) if beta else lse[0]), top
+    sweep = partial(spread.similarity_logsumexp, batch, q, k, exclude=pairs, columns=False)
     if beta and not k.requires_grad:
         # one sweep for each scale instead of one for both, as only that form keeps no keys for backward
-        hard, _, top = spread.similarity_logsumexp(batch, q, k, scale * (1.0 + beta), pairs, columns=False, return_max=True)
-        soft, _ = spread.similarity_logsumexp(batch, q, k, scale * beta, pairs, columns=False)
+        hard, _, top = sweep(scale=scale * (1.0 + beta), return_max=True)
+        soft, _ = sweep(scale=scale * beta)
         return torch.stack([hard, soft]), top / (1.0 + beta)
-    scales = multipliers if beta else None
-    lse, _, top = spread.similarity_logsumexp(batch, q, k, scale, pairs, scales=scales, columns=False, return_max=True)
+    lse, _, top = sweep(scale=scale, scales=multipliers if beta else None, return_max=True)
     return lse, top
 
 

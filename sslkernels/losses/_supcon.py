@@ -77,9 +77,9 @@ def supcon(
     # rows of one label next to each other: whole tiles of the sweeps are then all positives or all negatives
     labels, order = labels.sort()
     (z,) = cast_features(l2_normalize(features.index_select(0, order)))
-    lse_neg, top_neg = _log_sum(batch, z, scale, Exclude(query_groups=labels), return_stats)
+    lse_neg, *top_neg = _log_sum(batch, z, scale, Exclude(query_groups=labels), return_stats)
     same = Exclude(diagonal=0, query_groups=labels, differ=True)
-    lse_pos, top_pos = _log_sum(batch, z, scale, same, return_stats)
+    lse_pos, *top_pos = _log_sum(batch, z, scale, same, return_stats)
 
     zc = common.wide(z)
     self_dot = common.row_dot(zc, zc)
@@ -103,19 +103,17 @@ def supcon(
     with torch.no_grad():
         present = has.to(rows.dtype) / has.sum().clamp(min=1)
         stats = {
-            "top1": (present * (top_pos > top_neg)).sum(),
+            "top1": (present * (top_pos[0] > top_neg[0])).sum(),
             "positive": (present * mean).sum(),
-            "hardest_negative": top_neg.mean(),
+            "hardest_negative": top_neg[0].mean(),
         }
     return loss, stats
 
 
-def _log_sum(
-    batch: Batch, z: Tensor, scale: Tensor | float, pairs: Exclude, return_max: bool
-) -> tuple[Tensor, Tensor | None]:
-    if return_max:
-        return self_similarity_logsumexp(batch, z, scale, pairs, return_max=True)
-    return self_similarity_logsumexp(batch, z, scale, pairs), None
+def _log_sum(batch: Batch, z: Tensor, scale: Tensor | float, pairs: Exclude, return_max: bool) -> list[Tensor]:
+    """The log-sum-exps, and the row maxima where they are asked for: each pair of ranks then meets twice."""
+    found = self_similarity_logsumexp(batch, z, scale, pairs, return_max=return_max)
+    return list(found) if return_max else [found]
 
 
 def _check(features: Tensor, labels: Tensor | None, sample_weight: Tensor | None) -> None:

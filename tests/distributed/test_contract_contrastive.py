@@ -2,30 +2,54 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from contract import EVEN, STRATEGIES, UNEVEN, Setting, check
 
-NAMES = ["nt_xent", "dcl"]
+NAMES = ["nt_xent", "dcl", "info_nce", "clip_loss", "supcon"]
+OPTIONS = [
+    *("nt_xent_smooth", "nt_xent_hard", "nt_xent_weighted", "nt_xent_sum", "nt_xent_rows", "nt_xent_stats"),
+    *("dcl_weights", "dclw", "dcl_stats"),
+    *("info_nce_raw", "info_nce_smooth", "info_nce_hard", "info_nce_weighted", "info_nce_rows", "info_nce_stats"),
+    *("info_nce_queue", "info_nce_queue_weighted", "info_nce_queue_and_batch", "info_nce_own"),
+    *("info_nce_own_and_batch", "clip_smooth", "clip_weighted", "clip_rows", "clip_stats"),
+    *("supcon_sorted", "supcon_views", "supcon_smooth", "supcon_weighted", "supcon_rows", "supcon_stats"),
+]
 
 
-@pytest.mark.parametrize("group", ["2", "3", "4", "subgroup"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+# every strategy on every group, half of them with even batches and half with uneven ones
+PLACES = [
+    (strategy, group, (EVEN, UNEVEN)[(i + j) % 2])
+    for i, strategy in enumerate(STRATEGIES)
+    for j, group in enumerate(["2", "3", "4", "subgroup"])
+]
+
+
+@pytest.mark.parametrize(("strategy", "group", "sizes"), PLACES)
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients_are_those_of_one_process(ranks, name, sizes, strategy, group):
+def test_loss_and_gradients_are_those_of_one_process(ranks, name, strategy, group, sizes):
     check(ranks, name, group, Setting(sizes, strategy))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", NAMES)
-def test_batches_of_one_size_compared_once(ranks, name, strategy, compiled):
-    check(ranks, name, "3", Setting(EVEN, strategy, "first", compiled))
+@pytest.mark.parametrize("setting", [Setting(EVEN, check="first"), Setting(UNEVEN, "ring")], ids=["gather", "ring"])
+@pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
+def test_options(ranks, name, setting):
+    check(ranks, name, "3", setting)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", NAMES)
-def test_uneven_batches_compiled(ranks, name, strategy):
-    check(ranks, name, "3", Setting(UNEVEN, strategy, compiled=True))
+@pytest.mark.parametrize("name", [f"{name.removesuffix('_loss')}_table" for name in NAMES])
+def test_features_of_16_bits(ranks, name):
+    check(ranks, name, "3", Setting(UNEVEN, "ring", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dclw"])
+def test_compiled(ranks, name):
+    check(ranks, name, "3", Setting(UNEVEN, "ring", compiled=True))
+
+
+@pytest.mark.parametrize("strategy", ["gather", "bidirectional_ring"])
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss"])
+def test_compiled_for_batches_of_one_size(ranks, name, strategy):
+    check(ranks, name, "3", Setting(EVEN, strategy, "first", compiled=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
