@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -56,38 +57,40 @@ def _leading(tensors: Sequence[Tensor]) -> list[int]:
     return [x.shape[0] if x.ndim else 1 for x in tensors]
 
 
-def _tell(values: Sequence[str]) -> str:
+def _tell(values: Sequence[str], ranks: Sequence[int]) -> str:
     """ "a on ranks 0, 1; b on rank 2": what most ranks have comes first."""
-    ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    ordered = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    found: dict[str, list[int]] = {}
+    for rank, value in zip(ranks, values):
+        found.setdefault(value, []).append(rank)
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
     return "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}" for value, r in ordered)
 
 
-def _compare(table: Tensor, names: Sequence[str], uneven: bool) -> None:
+def _compare(table: Tensor, names: Sequence[str], ranks: Sequence[int], uneven: bool) -> None:
     """Raise where the rows differ, with the ranks and what differs."""
     if bool(table[:, 0].any()):
         failed = int(table[:, 0].nonzero()[0])
-        raise RuntimeError(f"rank {failed} raised {_text(table[failed].tolist())}")
+        raise RuntimeError(f"rank {ranks[failed]} raised {_text(table[failed].tolist())}")
     what = _text(table[0].tolist()).split("\n")[0].removeprefix("loss=")
     if len(set(table[:, 1].tolist())) > 1:
         fields = [dict(line.split("=", 1) for line in _text(row).split("\n") if "=" in line) for row in table.tolist()]
         for name in dict.fromkeys(name for field in fields for name in field):
             values = [field.get(name, "none") for field in fields]
             if len(set(values)) > 1:
-                who = "the ranks" if name == "loss" else f"{what}: the ranks"
-                raise RuntimeError(
-                    f"{who} disagree on {'which loss it is' * (name == 'loss') or name}: {_tell(values)}"
+                matter = (
+                    "the ranks call different losses" if name == "loss" else f"{what}: the ranks disagree on {name}"
                 )
-        raise RuntimeError(f"{what}: the ranks disagree on options beyond {TEXT} bytes of their text")
+                raise RuntimeError(f"{matter}: {_tell(values, ranks)}")
+        raise RuntimeError(
+            f"{what}: the ranks disagree on arguments beyond the {TEXT} bytes of text that they exchange"
+        )
     rows = table[:, 2]
     for name, sizes in zip(names, table[:, 2 : 2 + ROWS].T):
         if bool((sizes == sizes[0]).all()) or (uneven and bool((sizes * rows[0] == sizes[0] * rows).all())):
             continue
         hint = "" if uneven else "; batches of different sizes need check='step'"
         raise RuntimeError(
-            f"{what}: the ranks disagree on the rows of {name}: {_tell(list(map(str, sizes.tolist())))}{hint}"
+            f"{what}: the ranks disagree on the rows of {name}: {_tell(list(map(str, sizes.tolist())), ranks)}{hint}"
         )
 
 
@@ -102,7 +105,7 @@ def _agree(xs, wanted, what, names, numbers, world, group) -> Tensor:
     _Exchanges.count += 1
     words = _pack(False, _leading(xs), _describe(xs, wanted, what, names, numbers))
     table = _exchange(words, xs[0], world, group)
-    _compare(table, names, uneven=True)
+    _compare(table, names, collectives.ranks_of(group), uneven=True)
     return table[:, 2].clone()
 
 
@@ -127,7 +130,8 @@ def agree_once(
     key = (id(collectives.find(group)), text, *rows)
     if key not in _agreed:
         _Exchanges.count += 1
-        _compare(_exchange(_pack(False, rows, text), xs[0], world, group), names, uneven=False)
+        table = _exchange(_pack(False, rows, text), xs[0], world, group)
+        _compare(table, names, collectives.ranks_of(group), uneven=False)
         _agreed.add(key)
 
 
@@ -167,4 +171,5 @@ def _announce(what: str, error: Exception, process_group: Any) -> None:
     if world > 1 and check == "step":
         _Exchanges.count += 1
         text = f"{type(error).__name__} in {what}: {error}"
-        _exchange(_pack(True, [], text), None, world, name)
+        with suppress(RuntimeError):  # that others are gone is not the error here
+            _exchange(_pack(True, [], text), None, world, name)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkernels.distributed._faults import Work, guard
 from sslkernels.ops._registry import define, differentiable
 from sslkernels.reference._precision import compute_dtype
 
@@ -24,6 +25,20 @@ def find(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _renamed(name: str, before: str) -> Any:
+    """A function of torch.distributed under its name of torch 2.13, or the one it had before."""
+    import torch.distributed as dist
+
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
+def ranks_of(name: str) -> list[int]:
+    """The ranks of a group's members among all processes, as their logs and launcher name them."""
+    import torch.distributed as dist
+
+    return dist.get_process_group_ranks(find(name))
 
 
 def has_cpu_backend(name: str) -> bool:
@@ -40,8 +55,9 @@ has_cpu_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _all_sum(x: Tensor, group: str) -> Tensor:
     import torch.distributed as dist
 
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=find(group))
+    out, pg = x.clone(memory_format=torch.contiguous_format), find(group)
+    with guard(pg):
+        dist.all_reduce(out, group=pg)
     return out
 
 
@@ -72,12 +88,13 @@ def row_counts(rows: int, sizes: Tensor | None, world: int) -> list[int]:
 
 def start_gather(x: Tensor, counts: Sequence[int], group: str) -> tuple[Any, Any]:
     """Begin to bring the rows of all ranks together: the work to wait for, and how to take the result after that."""
-    import torch.distributed as dist
-
+    all_gather = _renamed("all_gather_single", "all_gather_into_tensor")
     most = max(counts)
     sent = x if x.shape[0] == most else torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
     out = x.new_empty(len(counts) * most, *x.shape[1:])
-    work = dist.all_gather_into_tensor(out, sent.contiguous(), group=find(group), async_op=True)
+    pg = find(group)
+    with guard(pg):
+        work = Work(all_gather(out, sent.contiguous(), group=pg, async_op=True), pg)
     if min(counts) == most:
         return work, lambda: out
     return work, lambda: torch.cat([part[:n] for part, n in zip(out.split(most), counts)])
@@ -85,16 +102,16 @@ def start_gather(x: Tensor, counts: Sequence[int], group: str) -> tuple[Any, Any
 
 def start_scatter(x: Tensor, counts: Sequence[int], rows: int, group: str) -> tuple[Any, Any]:
     """Begin to sum x over the ranks and to give each its rows: the work, and how to take the result."""
-    import torch.distributed as dist
-
+    reduce_scatter = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
     most = max(counts)
     if min(counts) < most:
         padded = x.new_zeros(len(counts), most, *x.shape[1:])
         for place, part in zip(padded, x.split(list(counts))):
             place[: len(part)] = part
         x = padded.flatten(0, 1)
-    out = x.new_empty(most, *x.shape[1:])
-    work = dist.reduce_scatter_tensor(out, x.contiguous(), group=find(group), async_op=True)
+    out, pg = x.new_empty(most, *x.shape[1:]), find(group)
+    with guard(pg):
+        work = Work(reduce_scatter(out, x.contiguous(), group=pg, async_op=True), pg)
     return work, lambda: out[:rows]
 
 
@@ -102,8 +119,9 @@ def all_to_all(x: Tensor, counts: Sequence[int], rows: int, group: str) -> Tenso
     """What every rank has for this one's rows, (world * rows, ...), in the order of the ranks."""
     import torch.distributed as dist
 
-    out = x.new_empty(len(counts) * rows, *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), [rows] * len(counts), list(counts), group=find(group))
+    out, pg = x.new_empty(len(counts) * rows, *x.shape[1:]), find(group)
+    with guard(pg):
+        dist.all_to_all_single(out, x.contiguous(), [rows] * len(counts), list(counts), group=pg)
     return out
 
 
@@ -114,7 +132,8 @@ def start_swap(sent: Sequence[Tensor], received: Sequence[Tensor], to: int, sour
     pg = find(group)
     ops = [dist.P2POp(dist.isend, x, group=pg, group_peer=to) for x in sent]
     ops += [dist.P2POp(dist.irecv, x, group=pg, group_peer=source) for x in received]
-    return dist.batch_isend_irecv(ops)
+    with guard(pg):
+        return [Work(work, pg) for work in dist.batch_isend_irecv(ops)]
 
 
 def _gather_rows(x: Tensor, sizes: Tensor | None, world: int, group: str) -> Tensor:
@@ -181,8 +200,8 @@ differentiable(scatter_rows, setup_context=_scatter_setup, backward=_scatter_aut
 
 def gather_words(mine: Tensor, world: int, group: str) -> Tensor:
     """int64 (n,) of every rank, (world, n)."""
-    import torch.distributed as dist
-
-    out = mine.new_empty(world * mine.shape[0])
-    dist.all_gather_into_tensor(out, mine, group=find(group))
+    all_gather = _renamed("all_gather_single", "all_gather_into_tensor")
+    out, pg = mine.new_empty(world * mine.shape[0]), find(group)
+    with guard(pg):
+        all_gather(out, mine, group=pg)
     return out.view(world, -1)
