@@ -224,6 +224,14 @@ class TestGumbelVectorQuantizer:
         assert out.x.shape == (B, T, 8)
         torch.testing.assert_close(out.x[mask], chosen.x)
 
+    def test_no_masked_frame_leaves_finite_statistics_and_gradients(self) -> None:
+        """A rank may have none while others have some."""
+        module, x = GumbelVectorQuantizer(D, num_vars=CODES, vq_dim=4), torch.randn(B, T, D, requires_grad=True)
+        out = module(x, torch.zeros(B, T, dtype=torch.bool))
+        assert not out.probabilities.any()
+        out.probabilities.sum().backward()
+        assert not x.grad.any() and not module.weight_proj.weight.grad.any()
+
     def test_the_noise_draws_codes_as_often_as_their_softmax_says(self) -> None:
         """The Gumbel-max property, by chi-square."""
         module = GumbelVectorQuantizer(1, num_vars=4, groups=1, vq_dim=1)

@@ -36,7 +36,7 @@ def check_weight(sample_weight: Tensor | None, features: Tensor) -> None:
 def check_labels(
     features: dict[str, Any], labels: Any, classes: tuple[str, Any], bias: Any = None, ignore_index: int = IGNORE
 ) -> None:
-    """features: its name and (..., D); labels: (...) of its leading shape; classes: their name and (V, D)."""
+    """features: its name and (..., D), perhaps empty; labels: (...) of its shape; classes: their name and (V, D)."""
     ((name, x),) = features.items()
     check.floating(name, x)
     if x.ndim < 2:
@@ -54,8 +54,6 @@ def check_labels(
     if labels.shape != x.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(x.shape[:-1])}, got {tuple(labels.shape)}")
     check.same_device("labels", labels, name, x)
-    if labels.numel() == 0:
-        raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
     if bias is not None:
         check.vector("bias", bias, weight.shape[0], x, check.FLOATS)
     check.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels._autocast import cast_features
+from sslkernels.distributed import Batch
+from sslkernels.distributed.contrastive import similarity_logsumexp
 from sslkernels.losses import _common as common
+from sslkernels.losses import _means as means
+from sslkernels.losses._module import shown_span, spanning
 from sslkernels.ops import contrastive as ops
 from sslkernels.ops.contrastive import Exclude
 from sslkernels.reference._precision import full_precision
@@ -20,6 +24,7 @@ from sslkernels.reference._precision import full_precision
 NEGATIVES = ("batch", "sequence")
 
 
+@distributed.raises_together
 def cpc_loss(
     context: Tensor,
     z: Tensor,
@@ -28,6 +33,8 @@ def cpc_loss(
     negatives: str = "batch",
     reduction: str = "mean",
     return_stats: bool = False,
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Any:
     """Contrastive predictive coding: each context names the frames that come k = 1, ..., K steps later.
 
@@ -47,7 +54,12 @@ def cpc_loss(
         z: (B, T, D), the encoder's frames.
         predictors: (K, D, C), K < T.
         reduction: "mean", "sum" (over steps and rows), or "none": (K, B, T), 0 where there is no frame t + k.
-        return_stats: also return detached `top1`, `positive` and `hardest_negative` (mean logits), each (K,).
+        return_stats: also return detached `top1`, `positive` and `hardest_negative` (mean logits), each (K,), of the
+            own rows.
+        process_group, strategy: as in `distributed.Group`; all frames of the batch are then those of all ranks. What is
+            in a sequence stays there, and strategy has no meaning with negatives="sequence".
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
@@ -71,6 +83,11 @@ def cpc_loss(
         raise ValueError(f"context must have more frames than steps ({steps}), got shape {tuple(context.shape)}")
     check.choice("negatives", negatives, NEGATIVES)
     common.check_options(reduction)
+    batch = distributed.batch(
+        *(process_group, strategy, "cpc_loss"),
+        context=context, z=z, predictors=predictors, negatives=negatives, reduction=reduction,
+        return_stats=return_stats,
+    )  # fmt: skip
     context, z, predictors = cast_features(context, z, predictors)
     dtype = torch.promote_types(context.dtype, predictors.dtype)
     context, predictors = context.to(dtype), predictors.to(dtype)
@@ -78,9 +95,14 @@ def cpc_loss(
     if negatives == "batch":
         # time first: frames that have one k steps later are a leading block, and that one a fixed distance away
         step, context, z = _batch_step, context.transpose(0, 1).contiguous(), z.transpose(0, 1).contiguous()
-    results = [step(context, z, w, k, reduction) for k, w in enumerate(predictors, start=1)]
+    if negatives == "batch" and not batch.local:
+        results = _steps_of_all_ranks(context, z, predictors, reduction, batch)
+    else:
+        results = [step(context, z, w, k, reduction) for k, w in enumerate(predictors, start=1)]
     losses = torch.stack([loss for loss, _, _ in results])
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    if negatives == "sequence" and not batch.local and reduction != "none":
+        loss = means.rescale(loss, batch) if reduction == "mean" else loss * batch.world
     if not return_stats:
         return loss
     stats = [common.statistics(positive, top.amax(1) if top.ndim == 2 else top) for _, positive, top in results]
@@ -101,6 +123,29 @@ def _batch_step(context: Tensor, z: Tensor, predictor: Tensor, k: int, reduction
     weight = common.row_weight(positive, reduction, None, distributed.alone(positive))
     loss, _, top = ops.similarity_cross_entropy(q, keys, positive, 1.0, weight=weight, exclude=others)
     return loss, positive, top
+
+
+def _steps_of_all_ranks(
+    context: Tensor, z: Tensor, predictors: Tensor, reduction: str, batch: Batch
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """As `_batch_step`, all steps in one sweep, so that the frames travel once; context and z are (T, B, ...).
+
+    Each step's queries stand at the place of the frame that they predict, behind zeros where there is none to do so.
+    """
+    steps, (frames, samples) = predictors.shape[0], z.shape[:2]
+    named = [F.pad(F.linear(context[:-k], w), (0, 0, 0, 0, k, 0)) for k, w in enumerate(predictors, start=1)]
+    q, z = cast_features(torch.stack(named), z)
+    positives = common.row_dot(q, z)  # (K, T, B)
+    own = Exclude(diagonal=0, period=frames * samples)
+    sides = batch, q.flatten(0, 2), z.flatten(0, 1)
+    lse, _, top = similarity_logsumexp(*sides, 1.0, own, columns=False, return_max=True)
+    rows = common.softplus(lse.view(positives.shape) - positives)
+    found = []
+    for k in range(1, steps + 1):
+        losses = rows[k - 1, k:]  # (T - k, B)
+        loss = F.pad(losses.T, (0, k)) if reduction == "none" else common.reduce(losses, reduction, None, batch)
+        found.append((loss, positives[k - 1, k:].flatten(), top.view(positives.shape)[k - 1, k:].flatten()))
+    return found
 
 
 def _sequence_step(
@@ -129,7 +174,7 @@ class CPCLoss(nn.Module):
         context_dim: C.
         dim: D, of the frames z.
         steps: K.
-        negatives, reduction: as in `cpc_loss`.
+        negatives, reduction, process_group, strategy: as in `cpc_loss`.
 
     The parameter `predictors` is (K, D, C); each starts as `torch.nn.Linear`'s weight does.
 
@@ -139,9 +184,18 @@ class CPCLoss(nn.Module):
     """
 
     def __init__(
-        self, context_dim: int, dim: int, steps: int = 12, *, negatives: str = "batch", reduction: str = "mean"
+        self,
+        context_dim: int,
+        dim: int,
+        steps: int = 12,
+        *,
+        negatives: str = "batch",
+        reduction: str = "mean",
+        process_group: Any = None,
+        strategy: str | None = None,
     ) -> None:
         super().__init__()
+        self.span = spanning(False, process_group, strategy)
         for name, x in (("context_dim", context_dim), ("dim", dim), ("steps", steps)):
             check.integer(name, x, 1)
         check.choice("negatives", negatives, NEGATIVES)
@@ -155,10 +209,11 @@ class CPCLoss(nn.Module):
             "negatives": self.negatives,
             "reduction": self.reduction,
             "return_stats": return_stats,
+            **self.span,
         }
         return cpc_loss(context, z, self.predictors, **options)
 
     def extra_repr(self) -> str:
         steps, dim, context_dim = self.predictors.shape
         sizes = f"context_dim={context_dim}, dim={dim}, steps={steps}"
-        return f"{sizes}, negatives={self.negatives}, reduction={self.reduction}"
+        return ", ".join([f"{sizes}, negatives={self.negatives}, reduction={self.reduction}", *shown_span(self.span)])

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels.losses import _common as common
+from sslkernels.losses import _means as means
 from sslkernels.losses._module import Loss
 from sslkernels.ops.tokens import linear_cross_entropy
 
 
+@distributed.raises_together
 def hubert_loss(
     x: Tensor,
     label_embeddings: Tensor,
@@ -26,6 +29,7 @@ def hubert_loss(
     temperature: Tensor | float = 0.1,
     ignore_index: int = common.IGNORE,
     reduction: str = "mean",
+    process_group: Any = None,
 ) -> Tensor:
     """HuBERT: each hidden frame names its unit, by the cosine to the units' embeddings.
 
@@ -47,6 +51,10 @@ def hubert_loss(
         mask: (...) bool, True where a frame was hidden. None: all were.
         temperature: number, or tensor of one element, which then gets its gradient.
         reduction: "mean", "sum", or "none": (...), 0 where the weight is zero or the label ignored.
+        process_group: as in `distributed.Group`; the number of frames is then that of all ranks, any number on each,
+            also none.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input); the mean is NaN where no frame counts.
@@ -66,6 +74,11 @@ def hubert_loss(
     common.check_options(reduction)
     _check_weights(pred_masked_weight, pred_nomask_weight)
     scale = common.inverse(temperature, x)
+    batch = means.counted_batch(
+        *(process_group, "hubert_loss"),
+        x=x, label_embeddings=label_embeddings, temperature=temperature, pred_masked_weight=pred_masked_weight,
+        pred_nomask_weight=pred_nomask_weight, reduction=reduction,
+    )  # fmt: skip
     q, units = common.normalize(x), common.normalize(common.wide(label_embeddings)) * scale
     if mask is None or pred_masked_weight == pred_nomask_weight:
         parts = [(labels, pred_masked_weight)]
@@ -75,17 +88,23 @@ def hubert_loss(
     # a part of weight zero is left out; where that is all of them, nothing is asked
     nothing = [(torch.full_like(labels, ignore_index), 1.0)]
     parts = [(target, weight) for target, weight in parts if weight] or nothing
-    one = reduction if len(parts) == 1 or reduction == "none" else "sum"
-    losses = [linear_cross_entropy(q, units, target, reduction=one, ignore_index=ignore_index) for target, _ in parts]
-    if len(losses) == 1:
-        # a loss as it is needs no further pass over its gradients
-        return losses[0] if parts[0][1] == 1 else parts[0][1] * losses[0]
-    total = parts[0][1] * losses[0] + parts[1][1] * losses[1]
-    if reduction != "mean":
-        return total
-    count = (labels != ignore_index).sum()
-    # not divided by 0, which would send infinity to gradients that are 0
-    return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
+
+    def count() -> Tensor:
+        asked = labels if len(parts) == 2 else parts[0][0]
+        return (asked != ignore_index).sum()
+
+    def loss(reduction: str) -> Tensor:
+        one = reduction if len(parts) == 1 or reduction == "none" else "sum"
+        values = [
+            linear_cross_entropy(q, units, target, reduction=one, ignore_index=ignore_index) for target, _ in parts
+        ]
+        if len(values) == 1:
+            # a loss as it is needs no further pass over its gradients
+            return values[0] if parts[0][1] == 1 else parts[0][1] * values[0]
+        total = parts[0][1] * values[0] + parts[1][1] * values[1]
+        return means.quotient(total, count()) if reduction == "mean" else total
+
+    return means.reduce_by(loss, reduction, batch, count)
 
 
 def _check_weights(pred_masked_weight: float, pred_nomask_weight: float) -> None:
@@ -100,7 +119,7 @@ class HuBERTLoss(Loss):
 
     Args:
         temperature: number, or nn.Parameter to be learned.
-        pred_masked_weight, pred_nomask_weight, ignore_index, reduction: as in `hubert_loss`.
+        pred_masked_weight, pred_nomask_weight, ignore_index, reduction, process_group: as in `hubert_loss`.
 
     Example:
         >>> x, units = torch.randn(2, 50, 16, requires_grad=True), torch.rand(100, 16)
@@ -115,10 +134,13 @@ class HuBERTLoss(Loss):
         temperature: Any = 0.1,
         ignore_index: int = common.IGNORE,
         reduction: str = "mean",
+        process_group: Any = None,
     ) -> None:
         _check_weights(pred_masked_weight, pred_nomask_weight)
         weights = {"pred_masked_weight": pred_masked_weight, "pred_nomask_weight": pred_nomask_weight}
         super().__init__(temperature, **weights, ignore_index=ignore_index, reduction=reduction)
+        self.span = {"process_group": process_group}
 
     def forward(self, x: Tensor, label_embeddings: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        return hubert_loss(x, label_embeddings, labels, mask, temperature=self.temperature, **self.options)
+        call = {**self.options, **self.span, "temperature": self.temperature}
+        return hubert_loss(x, label_embeddings, labels, mask, **call)

@@ -48,10 +48,9 @@ def shown_span(span: dict[str, Any]) -> list[str]:
     """What the repr of a loss says of the processes it spans: nothing for one."""
     if span.get("process_group") is None:
         return []
-    name = span["process_group"]
-    return [f"process_group={name if isinstance(name, str | Group) else getattr(name, 'group_name', name)}"] + [
-        f"strategy={span['strategy']}"
-    ] * (span["strategy"] is not None)
+    name, strategy = span["process_group"], span.get("strategy")
+    shown = name if isinstance(name, str | Group) else getattr(name, "group_name", name)
+    return [f"process_group={shown}"] + [f"strategy={strategy}"] * (strategy is not None)
 
 
 def refuse_gather(gather_distributed: bool) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of wav2vec 2.0: each masked frame finds its quantized target; all codes are used."""
+"""wav2vec 2.0: each masked frame finds its quantized target; the sum of its terms."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels._autocast import cast_features
 from sslkernels.losses import _common as common
+from sslkernels.losses import _means as means
+from sslkernels.losses._diversity import diversity_loss
 from sslkernels.losses._module import Loss
 from sslkernels.ops.contrastive import distractor_counts
 from sslkernels.ops.patches import gather_tokens
 from sslkernels.reference._precision import full_precision
 
 
+@distributed.raises_together
 def wav2vec2_loss(
     context: Tensor,
     targets: Tensor,
@@ -30,6 +34,7 @@ def wav2vec2_loss(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """wav2vec 2.0: each masked frame finds its quantized target among distractors.
 
@@ -57,7 +62,11 @@ def wav2vec2_loss(
             two rows of one code differently, which only ids then tell.
         generator, seed: of the draws, as in `sslkernels.ops.random_mask`; neither: torch's own generator.
         return_stats: also return detached `top1` (the target beats all distractors), `positive` and `hardest_negative`
-            (mean logits).
+            (mean logits), of the own frames.
+        process_group: as in `distributed.Group`; the mean is then over the masked frames of all ranks, any number on
+            each, also none. Distractors are of the own utterance as ever; seeds are best of each rank's own.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats). The mean is NaN where no frame is masked.
@@ -77,13 +86,17 @@ def wav2vec2_loss(
     check.integer("num_negatives", num_negatives, 1)
     scale = common.inverse(temperature, context)
     _check_ids(ids, context)
+    check.mask(mask, context.shape[:2], context)
+    ranks = means.counted_batch(
+        *(process_group, "wav2vec2_loss"),
+        context=context, temperature=temperature, num_negatives=num_negatives, reduction=reduction,
+    )  # fmt: skip
     batch, length, _ = context.shape
     if mask is None:
         lengths = torch.full((batch,), length, device=context.device)
         rank = torch.arange(length, device=context.device).expand(batch, length)
         mask = torch.ones_like(rank, dtype=torch.bool)
     else:
-        check.mask(mask, context.shape[:2], context)
         lengths, rank = mask.sum(1), (mask.cumsum(1) - 1).clamp(min=0)
         if check.readable(mask):
             length = max(int(lengths.max()), 1)
@@ -108,7 +121,7 @@ def wav2vec2_loss(
     positive = common.row_dot(q, k) * scale
     rows = common.softplus(torch.logsumexp(s, 2) - positive).where(some, 0.0)  # (B, M)
     rows = rows.gather(1, rank).where(mask, 0.0)
-    loss = rows if reduction == "none" else rows.sum() / lengths.sum() if reduction == "mean" else rows.sum()
+    loss = means.reduce_by(lambda how: _reduced(rows, lengths, how), reduction, ranks, lengths.sum)
     if not return_stats:
         return loss
     with torch.no_grad():
@@ -116,6 +129,10 @@ def wav2vec2_loss(
         share = (torch.arange(length, device=mask.device) < lengths[:, None]) / lengths.sum()
         stats = {"top1": positive > top, "positive": positive, "hardest_negative": top.where(top > -torch.inf, 0.0)}
         return loss, {name: (share * x).sum() for name, x in stats.items()}
+
+
+def _reduced(rows: Tensor, lengths: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else rows.sum() / lengths.sum() if reduction == "mean" else rows.sum()
 
 
 def _check_ids(ids: Any, context: Tensor) -> None:
@@ -143,49 +160,23 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 29)
 
 
-def diversity_loss(probabilities: Tensor, eps: float = 1e-7) -> Tensor:
-    """wav2vec 2.0's diversity: the share of the codes that are not used, in perplexity.
-
-        loss_i = V - exp(-sum_v p_iv log(p_iv + eps))        i: a group of codes
-        loss = sum of loss_i / (G V)
-
-    Source: Baevski et al. 2020, eq. 4; fairseq `models/wav2vec/wav2vec2.py::get_extra_losses`.
-
-    Args:
-        probabilities: (G, V), the mean over frames of each group's softmax, without noise and temperature:
-            `sslkernels.nn.GumbelVectorQuantizer` returns it.
-
-    Returns:
-        The loss in [0, 1), float32 (float64 for float64 input): 0 where all codes are equally probable.
-
-    Raises:
-        ValueError, TypeError: probabilities of another rank or dtype, or without an element.
-
-    Example:
-        >>> diversity_loss(torch.full((2, 320), 1 / 320)) < 1e-4
-        tensor(True)
-    """
-    check.features(probabilities=probabilities)
-    check.positive("eps", eps)
-    if probabilities.numel() == 0:
-        raise ValueError(f"probabilities must not be empty, got shape {tuple(probabilities.shape)}")
-    p = common.wide(probabilities)
-    return 1.0 - torch.exp(-(p * torch.log(p + eps)).sum(1)).sum() / p.numel()
-
-
 class Wav2Vec2Loss(Loss):
     """`wav2vec2_loss` as a module, plus its two other terms where their inputs are given.
 
         loss = contrastive + diversity_weight * diversity_loss(probabilities) + penalty_weight * features_penalty
 
     fairseq adds the last two times the number of masked frames to the sum over those, and divides all by that number:
-    the same.
+    the same. With a process_group the probabilities are averaged over the masked frames of all ranks, whose number each
+    tells by its mask, and the penalty over their frames, whose number the context tells.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Args:
         num_negatives: distractors of a frame.
         temperature: number, or nn.Parameter to be learned.
         diversity_weight: of `diversity_loss`.
         penalty_weight: of the penalty, the mean of the squared convolutional features.
+        process_group: as in `wav2vec2_loss`.
 
     `forward(context, targets, mask=None, probabilities=None, features_penalty=None, *, ids=None, generator=None,
     seed=None, return_stats=False)`: `wav2vec2_loss`'s, the mean probabilities (G, V) of the quantizer, and the penalty
@@ -203,12 +194,15 @@ class Wav2Vec2Loss(Loss):
         temperature: nn.Parameter | float = 0.1,
         diversity_weight: float = 0.1,
         penalty_weight: float = 10.0,
+        *,
+        process_group: Any = None,
     ) -> None:
         check.integer("num_negatives", num_negatives, 1)
         check.in_range("diversity_weight", diversity_weight, 0.0, math.inf)
         check.in_range("penalty_weight", penalty_weight, 0.0, math.inf)
         super().__init__(temperature, num_negatives=num_negatives)
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
+        self.span = {"process_group": process_group}
 
     def forward(
         self,
@@ -223,19 +217,30 @@ class Wav2Vec2Loss(Loss):
         seed: int | Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
-        call = {**self.options, "temperature": self.temperature, "ids": ids, "generator": generator, "seed": seed}
-        found = wav2vec2_loss(context, targets, mask, **call, return_stats=return_stats)
+        call = {**self.options, **self.span, "temperature": self.temperature}
+        draws: dict[str, Any] = {"ids": ids, "generator": generator, "seed": seed}
+        found = wav2vec2_loss(context, targets, mask, **call, **draws, return_stats=return_stats)
         loss, stats = found if return_stats else (found, {})
         stats["contrastive"] = loss.detach()
         if probabilities is not None:
-            diversity = diversity_loss(probabilities)
+            alone = self.span["process_group"] is None
+            count = None if alone else context.shape[:2].numel() if mask is None else mask.sum()
+            diversity = diversity_loss(probabilities, count=count, **self.span)
             loss, stats["diversity"] = loss + self.diversity_weight * diversity, diversity.detach()
         if features_penalty is not None:
             check.tensor("features_penalty", features_penalty)
             check.number("features_penalty", features_penalty, context)
-            penalty = features_penalty.reshape(())
+            penalty = self._of_all_frames(features_penalty.reshape(()), context)
             loss, stats["penalty"] = loss + self.penalty_weight * penalty, penalty.detach()
         return (loss, stats) if return_stats else loss
+
+    def _of_all_frames(self, mean: Tensor, context: Tensor) -> Tensor:
+        """What this rank adds for a mean over its own frames."""
+        batch = means.counted_batch(self.span["process_group"], "Wav2Vec2Loss", context=context)
+        if batch.local:
+            return mean
+        own = common.wide(mean).new_full((), context.shape[:2].numel())
+        return mean * (batch.world * own / batch.sum(own))
 
     def extra_repr(self) -> str:
         weights = f"diversity_weight={self.diversity_weight}, penalty_weight={self.penalty_weight}"

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
-from sslkernels.ops.regression import LOSSES, masked_regression
+from sslkernels import distributed
+from sslkernels.distributed import Batch
+from sslkernels.losses import _means as means
+from sslkernels.losses._module import Loss, shown_span
+from sslkernels.ops.regression import LOSSES, check_rows, masked_regression
 
 __all__ = [
     "BYOLLoss",
@@ -19,7 +24,8 @@ __all__ = [
 ]
 
 
-def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
+@distributed.raises_together
+def byol_loss(pred: Tensor, target: Tensor, *, process_group: Any = None) -> Tensor:
     """BYOL's regression of unit vectors; the target is a constant.
 
         loss_i = |u_i - v_i|^2 = 2 - 2 <u_i, v_i>        u = x rsqrt(max(sum x^2, 1e-12)), v likewise
@@ -29,6 +35,9 @@ def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
 
     Args:
         pred, target: (N, D), or (..., D).
+        process_group: as in `distributed.Group`; the mean is then over the rows of all ranks.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no row.
@@ -40,10 +49,14 @@ def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
     Source: Grill et al. 2020, `byol_experiment.py::loss_fn`.
     """
     _refuse_empty("pred", pred)
-    return masked_regression(pred, target, loss="normalized_l2")
+    loss = masked_regression(pred, target, loss="normalized_l2")
+    return means.rescale(loss, _batch(process_group, "byol_loss", pred=pred, target=target))
 
 
-def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+@distributed.raises_together
+def negative_cosine_similarity(
+    x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8, *, process_group: Any = None
+) -> Tensor:
     """-mean cos(x0, x1) over dimension `dim`, with the gradient of either that requires one.
 
         loss_i = -<x0_i, x1_i> / (max(|x0_i|, eps) max(|x1_i|, eps))
@@ -53,6 +66,9 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
 
     Args:
         x0, x1: tensors of one shape, (N, D) where dim is 1.
+        process_group: as in `distributed.Group`; the mean is then over the rows of all ranks.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; no row.
@@ -71,10 +87,17 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
         raise ValueError(f"dim must be in [{-x0.ndim}, {x0.ndim}), got {dim}")
     x0, x1 = x0.movedim(dim, -1), x1.movedim(dim, -1)
     loss = masked_regression(x0, x1, loss="cosine", eps=eps) - 1
-    if not x1.requires_grad:
-        return loss
-    mirrored = masked_regression(x1, x0, loss="cosine", eps=eps)
-    return loss + (mirrored - mirrored.detach())
+    if x1.requires_grad:
+        mirrored = masked_regression(x1, x0, loss="cosine", eps=eps)
+        loss = loss + (mirrored - mirrored.detach())
+    return means.rescale(loss, _batch(process_group, "negative_cosine_similarity", x0=x0, x1=x1, eps=eps))
+
+
+def _batch(process_group: Any, loss: str, /, **brought: Any) -> Batch:
+    """One vector alone, (D,), is one row."""
+    if process_group is not None:
+        brought = {name: x[None] if isinstance(x, Tensor) and x.ndim == 1 else x for name, x in brought.items()}
+    return distributed.batch(process_group, None, loss, **brought)
 
 
 def _refuse_empty(name: str, x: Any) -> None:
@@ -83,8 +106,8 @@ def _refuse_empty(name: str, x: Any) -> None:
         raise ValueError(f"{name} must not be an empty batch, got shape {tuple(x.shape)}")
 
 
-class BYOLLoss(nn.Module):
-    """`byol_loss` as a module, called with (pred, target).
+class BYOLLoss(Loss):
+    """`byol_loss` as a module, called with (pred, target), which holds the process_group.
 
     Source: Grill et al. 2020.
 
@@ -92,8 +115,12 @@ class BYOLLoss(nn.Module):
         >>> BYOLLoss()(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
     """
 
+    def __init__(self, *, process_group: Any = None) -> None:
+        super().__init__()
+        self.span = {"process_group": process_group}
+
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        return byol_loss(pred, target)
+        return byol_loss(pred, target, **self.span)
 
 
 class NegativeCosineSimilarity(nn.Module):
@@ -105,16 +132,17 @@ class NegativeCosineSimilarity(nn.Module):
         >>> NegativeCosineSimilarity()(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
     """
 
-    def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
+    def __init__(self, dim: int = 1, eps: float = 1e-8, *, process_group: Any = None) -> None:
         super().__init__()
         check.positive("eps", eps)
         self.dim, self.eps = dim, eps
+        self.span = {"process_group": process_group}
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        return negative_cosine_similarity(x0, x1, self.dim, self.eps)
+        return negative_cosine_similarity(x0, x1, self.dim, self.eps, **self.span)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, eps={self.eps}"
+        return ", ".join([f"dim={self.dim}, eps={self.eps}", *shown_span(self.span)])
 
 
 class MaskedRegressionLoss(nn.Module):
@@ -123,6 +151,11 @@ class MaskedRegressionLoss(nn.Module):
     I-JEPA          MaskedRegressionLoss("smooth_l1", normalize_target=True)
     V-JEPA          MaskedRegressionLoss("l1", normalize_target=True)
     data2vec 2.0    MaskedRegressionLoss("l2", scale=D**0.5)          sum over D / sqrt(D), mean over masked tokens
+
+    process_group is as in `distributed.Group`; a mean is then over the rows that count on all ranks, any number on
+    each, also none.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Source: Assran et al. 2023; Bardes et al. 2024; Baevski et al. 2022.
 
@@ -140,16 +173,43 @@ class MaskedRegressionLoss(nn.Module):
         eps: float | None = None,
         scale: float = 1.0,
         reduction: str = "mean",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         check.choice("loss", loss, LOSSES)
         check.choice("reduction", reduction, ("mean", "sum", "none"))
         options = {"loss": loss, "beta": beta, "normalize_target": normalize_target, "eps": eps, "scale": scale}
         self.options: dict[str, Any] = {**options, "reduction": reduction}
+        self.span = {"process_group": process_group}
 
     def forward(self, pred: Tensor, target: Tensor, ids: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        _refuse_empty("pred", pred)
-        return masked_regression(pred, target, ids, mask=mask, **self.options)
+        return _masked_regression_loss(pred, target, ids, mask, **self.options, **self.span)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={x!r}" for name, x in self.options.items())
+        return ", ".join([*(f"{name}={x!r}" for name, x in self.options.items()), *shown_span(self.span)])
+
+
+@distributed.raises_together
+def _masked_regression_loss(
+    pred: Tensor,
+    target: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    *,
+    reduction: str,
+    process_group: Any,
+    **options: Any,
+) -> Tensor:
+    check.floating("pred", pred)
+    if process_group is not None:  # before another rank relies on this one
+        check_rows(pred, target, ids, mask)
+    batch = means.counted_batch(process_group, "MaskedRegressionLoss", pred=pred, reduction=reduction, **options)
+
+    def loss(reduction: str) -> Tensor:
+        return masked_regression(pred, target, ids, mask=mask, reduction=reduction, **options)
+
+    def count() -> Tensor:
+        rows = pred.shape[:-1]
+        return mask.sum() if mask is not None else torch.full((), rows.numel(), device=pred.device)
+
+    return means.reduce_by(loss, reduction, batch, count)

@@ -7,6 +7,7 @@ The logits, (tokens, V), are not stored, and rows that do not count cost nothing
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels.losses import _common as common
+from sslkernels.losses import _means as means
 from sslkernels.losses._hubert import HuBERTLoss, hubert_loss
 from sslkernels.losses._module import Loss
 from sslkernels.ops.tokens import linear_cross_entropy
@@ -35,6 +37,31 @@ def _check_options(reduction: str, label_smoothing: float, z_loss: float) -> Non
     check.in_range("z_loss", z_loss, 0.0, math.inf)
 
 
+def _cross_entropy(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    process_group: Any,
+    **options: float,
+) -> Tensor:
+    """Of the tokens of all ranks; the labels are what each position is asked for."""
+    brought = {"hidden": hidden, "weight": weight, "bias": bias, "reduction": reduction, **options}
+    batch = means.counted_batch(process_group, name, **brought)
+
+    def loss(reduction: str) -> Tensor:
+        return linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, reduction=reduction, ignore_index=ignore_index, **options
+        )
+
+    return means.reduce_by(loss, reduction, batch, lambda: (labels != ignore_index).sum())
+
+
+@distributed.raises_together
 def masked_lm_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -45,6 +72,7 @@ def masked_lm_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    process_group: Any = None,
 ) -> Tensor:
     """Masked language modelling: cross-entropy of the tokens that were hidden.
 
@@ -64,6 +92,10 @@ def masked_lm_loss(
         bias: (V,).
         label_smoothing, z_loss: as in `sslkernels.ops.linear_cross_entropy`.
         reduction: "mean", "sum", or "none": (...), 0 where ignored.
+        process_group: as in `distributed.Group`; the mean is then over the tokens that count on all ranks, any number
+            on each, also none.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input).
@@ -80,18 +112,21 @@ def masked_lm_loss(
     """
     common.check_labels({"hidden": hidden}, labels, ("weight", weight), bias, ignore_index)
     _check_options(reduction, label_smoothing, z_loss)
-    return linear_cross_entropy(
+    return _cross_entropy(
+        "masked_lm_loss",
         hidden,
         weight,
         labels,
-        linear_bias=bias,
-        reduction=reduction,
+        bias,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        reduction=reduction,
+        process_group=process_group,
     )
 
 
+@distributed.raises_together
 def causal_lm_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -102,6 +137,7 @@ def causal_lm_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    process_group: Any = None,
 ) -> Tensor:
     """Causal language modelling: every position names the token after it. The shift happens in here.
 
@@ -118,8 +154,10 @@ def causal_lm_loss(
     Args:
         hidden: (..., L, D), L >= 2.
         labels: (..., L) int64.
-        weight, bias, label_smoothing, z_loss: as in `masked_lm_loss`.
+        weight, bias, label_smoothing, z_loss, process_group: as in `masked_lm_loss`.
         reduction: "mean", "sum", or "none": (..., L), 0 where ignored and in the last position.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input); the mean is NaN where no token counts.
@@ -138,19 +176,22 @@ def causal_lm_loss(
         raise ValueError(f"hidden must have at least two positions (..., L, D), got shape {tuple(hidden.shape)}")
     last = labels.new_full((*labels.shape[:-1], 1), ignore_index)
     following = torch.cat([labels[..., 1:], last], dim=-1)
-    return linear_cross_entropy(
+    return _cross_entropy(
+        "causal_lm_loss",
         hidden,
         weight,
         following,
-        linear_bias=bias,
-        reduction=reduction,
+        bias,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        reduction=reduction,
+        process_group=process_group,
     )
 
 
-def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+@distributed.raises_together
+def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean", process_group: Any = None) -> Tensor:
     """BERT's next sentence prediction: does the second segment follow the first one?
 
         loss_i = log(exp(logits_i0) + exp(logits_i1)) - logits_i[labels_i]        labels: 0 it follows, 1 it is random
@@ -162,6 +203,9 @@ def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean
         logits: (B, 2).
         labels: (B,) int64, 0 or 1.
         reduction: "mean", "sum" or "none": (B,).
+        process_group: as in `distributed.Group`; the mean is then over the rows of all ranks.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Returns:
         The loss, float32 (float64 for float64 input).
@@ -181,9 +225,10 @@ def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: str = "mean
     check.vector("labels", labels, logits.shape[0], logits, (torch.int64,))
     check.ids("labels", labels, 2)
     common.check_options(reduction)
+    batch = distributed.batch(process_group, None, "next_sentence_loss", logits=logits, reduction=reduction)
     x = common.wide(logits)
     sign = torch.where(labels == 0, 1.0, torch.where(labels == 1, -1.0, torch.nan)).to(x.dtype)
-    return common.reduce(common.softplus((x[:, 1] - x[:, 0]) * sign), reduction, None, distributed.alone(x))
+    return common.reduce(common.softplus((x[:, 1] - x[:, 0]) * sign), reduction, None, batch)
 
 
 class MaskedLMLoss(Loss):
@@ -201,13 +246,15 @@ class MaskedLMLoss(Loss):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         reduction: str = "mean",
+        process_group: Any = None,
     ) -> None:
         check.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
         _check_options(reduction, label_smoothing, z_loss)
         super().__init__(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction)
+        self.span = {"process_group": process_group}
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-        return masked_lm_loss(hidden, weight, labels, bias, **self.options)
+        return masked_lm_loss(hidden, weight, labels, bias, **self.options, **self.span)
 
 
 class CausalLMLoss(MaskedLMLoss):
@@ -219,7 +266,7 @@ class CausalLMLoss(MaskedLMLoss):
     """
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-        return causal_lm_loss(hidden, weight, labels, bias, **self.options)
+        return causal_lm_loss(hidden, weight, labels, bias, **self.options, **self.span)
 
 
 class NextSentenceLoss(Loss):
@@ -229,8 +276,9 @@ class NextSentenceLoss(Loss):
         >>> NextSentenceLoss()(torch.randn(4, 2, requires_grad=True), torch.tensor([0, 1, 1, 0])).backward()
     """
 
-    def __init__(self, *, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: str = "mean", process_group: Any = None) -> None:
         super().__init__(reduction=reduction)
+        self.span = {"process_group": process_group}
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return next_sentence_loss(logits, labels, **self.options)
+        return next_sentence_loss(logits, labels, **self.options, **self.span)

@@ -128,7 +128,7 @@ class GumbelQuantized(NamedTuple):
     x:                (..., vq_dim), a code of each group, one after the other.
     ids:              (..., groups) int64, the codes taken: in training those that the noise chose.
     probabilities:    (groups, num_vars), the mean over the frames of softmax(logits), without noise and temperature:
-                      what `diversity_loss` takes.
+                      what `diversity_loss` takes. 0 where no frame is masked.
     code_perplexity:  sum over groups of exp(entropy) of how often each code has the largest logit, detached.
     prob_perplexity:  sum over groups of exp(entropy) of `probabilities`, detached.
     """
@@ -220,7 +220,10 @@ class GumbelVectorQuantizer(nn.Module):
             hard = hard + (soft - soft.detach())  # + 0: the sum below is exactly a code
         codes = self.vars.view(-1, self.num_vars, self.vars.shape[-1]).expand(self.groups, -1, -1)  # (G, V, d)
         shape, count = x.shape[:-1], logits.shape[0]
-        weight = logits.new_full((count,), 1 / count) if mask is None else mask.flatten() / mask.sum().to(logits.dtype)
+        if mask is None:
+            weight = logits.new_full((count,), 1 / count)
+        else:
+            weight = mask.flatten() / mask.sum().clamp(min=1).to(logits.dtype)
         with full_precision(x):
             out = torch.bmm(hard.transpose(0, 1), codes.to(hard.dtype)).transpose(0, 1)  # (N, G, d)
             probabilities = torch.einsum("n,ngv->gv", weight, logits.softmax(-1))

@@ -82,7 +82,7 @@ def masked_regression(
     check.positive("eps", eps)
     if normalize_target and loss in ("cosine", "normalized_l2"):
         raise ValueError(f"normalize_target must be False for loss={loss!r}, which normalises to unit length itself")
-    _check_rows(pred, target, ids, mask)
+    check_rows(pred, target, ids, mask)
     target = target.detach() if target.requires_grad else target
     options = (loss, float(beta), normalize_target, float(eps))
     index = ids if mask is None else mask
@@ -134,7 +134,8 @@ def average_layers(
     return op.average(layers, instance_norm, layer_norm, float(eps))
 
 
-def _check_rows(pred: Any, target: Any, ids: Any, mask: Any) -> None:
+def check_rows(pred: Any, target: Any, ids: Any, mask: Any) -> None:
+    """What `masked_regression` says of its tensors."""
     check.floating("pred", pred)
     check.floating("target", target)
     check.same_device("target", target, "pred", pred)

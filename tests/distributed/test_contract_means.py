@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means over the rows, tokens and frames of all ranks, however many of them count on each."""
+
+from __future__ import annotations
+
+import means_cases
+import pytest
+import torch
+from contract import EVEN, STRATEGIES, UNEVEN, Setting, check
+
+from sslkernels.losses import masked_lm_loss
+
+MODULE = "means_cases"
+ROWS = ["byol", "byol_of_frames", "cosine", "next_sentence", "cpc_sequence"]  # all of them count
+COUNTED = [
+    *("named_rows", "masked_rows", "taken_rows", "masked_lm", "taken_tokens", "causal_lm", "hubert", "hubert_both"),
+    *("wav2vec2", "diversity", "wav2vec2_terms"),
+]
+SUMS = ["masked_lm_sum", "hubert_sum", "wav2vec2_sum"]
+
+
+@pytest.mark.parametrize("group", ["2", "4", "subgroup"])
+@pytest.mark.parametrize("name", [*ROWS, *COUNTED])
+def test_uneven_ranks_of_which_one_has_nothing_that_counts(ranks, name, group):
+    check(ranks, name, group, Setting(UNEVEN), module=MODULE)
+
+
+@pytest.mark.parametrize("name", [*ROWS, *COUNTED])
+def test_batches_of_one_size_compared_once(ranks, name):
+    check(ranks, name, "3", Setting(EVEN, check="first"), module=MODULE)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums(ranks, name):
+    check(ranks, name, "3", Setting(UNEVEN), module=MODULE)
+
+
+@pytest.mark.parametrize("name", ["byol", "masked_lm", "named_rows", "wav2vec2", "diversity", "cpc"])
+def test_compiled(ranks, name):
+    check(ranks, name, "2", Setting(UNEVEN, compiled=True), module=MODULE)
+
+
+@pytest.mark.parametrize("name", ["byol", "masked_lm", "diversity", "cpc"])
+def test_gradients_accumulate(ranks, name):
+    check(ranks, name, "2", Setting(UNEVEN, micro_batches=3), module=MODULE)
+
+
+@pytest.mark.parametrize("name", ["taken_rows", "masked_rows", "masked_lm", "causal_lm", "hubert"])
+def test_a_rank_without_rows(ranks, name):
+    check(ranks, name, "3", Setting((3, 0, 8)), module=MODULE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("group", ["2", "4", "subgroup"])
+def test_cpc_tells_a_frame_from_those_of_all_ranks(ranks, group, sizes, strategy):
+    check(ranks, "cpc", group, Setting(sizes, strategy), module=MODULE)
+
+
+def test_sum_of_cpc(ranks):
+    check(ranks, "cpc_sum", "3", Setting(UNEVEN), module=MODULE)
+
+
+@pytest.mark.parametrize("name", ["byol", "masked_lm", "masked_rows", "hubert_both", "cpc"])
+def test_bfloat16(ranks, name):
+    check(ranks, name, "3", Setting(UNEVEN, dtype=torch.bfloat16), tolerance=2e-2, module=MODULE)
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "hubert", "masked_rows", "wav2vec2"])
+def test_where_nothing_counts_on_any_rank_a_mean_is_that_of_one_process(ranks, name):
+    expected, gradients = means_cases.without_a_count(None, name)
+    for loss, found in ranks.run(means_cases.without_a_count, "2", name):
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert loss.isnan() and found.keys() == gradients.keys()
+        for key, gradient in found.items():
+            assert torch.equal(gradient, torch.zeros_like(gradient)) and torch.equal(gradient, gradients[key])
+
+
+@pytest.mark.parametrize("check", ["step", "first"])
+def test_lengths_that_change_on_one_rank(ranks, check):
+    """What is compared once has no length, so that no rank compares again while another does not."""
+    steps = [(4, 7), (9, 7), (9, 2)]
+    outcomes = zip(*ranks.run(means_cases.lengths_that_change, "2", steps, check))
+    for step, (lengths, values) in enumerate(zip(steps, outcomes)):
+        parts = [means_cases.tokens(step, rank, lengths) for rank in range(2)]
+        hidden, labels = (torch.cat([part[i].flatten(0, 1) for part in parts]) for i in (0, 2))
+        torch.testing.assert_close(torch.stack(values).mean(), masked_lm_loss(hidden, parts[0][1], labels))
