@@ -79,6 +79,33 @@ differentiable(
     backward=lambda ctx, grad: (None if grad is None else all_sum(grad, ctx.group), None),
 )
 
+# what all ranks have
+
+# x, computed alike on every rank from sums over the ranks whose gradient is left out: its gradient here is the sum of
+# what the ranks have for it. Say S is the sum of the ranks' S_r and each rank returns shared(L(S)): then dL/dS times
+# the gradient that arrives is that of the sum of all ranks' losses, and a number crossed in place of a matrix.
+shared = define(
+    "distributed_shared(Tensor x, str group) -> Tensor",
+    reference=lambda x, group: x.clone(),
+    fake=lambda x, group: torch.empty_like(x),
+    everywhere=True,
+)
+differentiable(
+    shared,
+    setup_context=_all_sum_setup,
+    backward=lambda ctx, grad: (None if grad is None else all_sum(grad, ctx.group), None),
+)
+
+
+def start_sum(x: Tensor, group: str) -> Any:
+    """Begin to sum x over the ranks, in place: the work to wait for."""
+    import torch.distributed as dist
+
+    pg = find(group)
+    with guard(pg):
+        return Work(dist.all_reduce(x, group=pg, async_op=True), pg)
+
+
 # rows of all ranks, and their sum returned to them
 
 

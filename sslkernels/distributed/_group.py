@@ -89,6 +89,10 @@ class Batch:
         """Sum over the ranks, elementwise; the gradient is that of the sum of all ranks' losses."""
         return x if self.local else collectives.all_sum(x, self.name)
 
+    def shared(self, x: Tensor) -> Tensor:
+        """x, computed alike on all ranks from sums without a gradient; its own is the sum of what the ranks have."""
+        return x if self.local else collectives.shared(x, self.name)
+
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks below each other; the gradient returns summed, in float32 at least."""
         return x if self.local else collectives.gather_rows(x, self.sizes_of(x), self.world, self.name)

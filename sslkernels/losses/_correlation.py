@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as check
+from sslkernels import distributed
+from sslkernels.distributed import Batch
+from sslkernels.distributed.correlation import product_frobenius, two_view_correlation, two_view_covariance
 from sslkernels.losses import _common as common
-from sslkernels.ops import product_frobenius, two_view_correlation, two_view_covariance
 from sslkernels.reference._precision import full_precision
 
 VARIANTS = ("code", "paper")
 EPS = 1e-12  # of torch.nn.functional.normalize
 
 
-def barlow_twins_loss(z_a: Tensor, z_b: Tensor, lambda_param: float = 5e-3) -> Tensor:
+@distributed.raises_together
+def barlow_twins_loss(
+    z_a: Tensor,
+    z_b: Tensor,
+    lambda_param: float = 5e-3,
+    *,
+    process_group: Any = None,
+    strategy: str | None = None,
+) -> Tensor:
     """Barlow Twins: the features of two views agree one by one, and tell different things.
 
         u, v = columns of z_a and z_b with mean 0 and variance 1          (x - mean) / sqrt(biased variance + 1e-5)
@@ -32,6 +42,10 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, lambda_param: float = 5e-3) -> T
     Args:
         z_a, z_b: (N, D), N > 1: one row a sample, the two views.
         lambda_param: weight of the redundancy; the original's training takes 0.0051.
+        process_group, strategy: as in `distributed.Group`; means, variances and products are then over the rows of all
+            ranks. Rows travel while all of them are at most D / 2; beyond, sums of (D, D) do, whatever the strategy.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; one row or none.
@@ -44,9 +58,12 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, lambda_param: float = 5e-3) -> T
     """
     _check_views(z_a=z_a, z_b=z_b)
     check_weight("lambda_param", lambda_param)
-    return two_view_correlation(z_a, z_b, lambda_param)
+    batch = distributed.batch(process_group, strategy, "barlow_twins_loss", z_a=z_a, z_b=z_b, lambda_param=lambda_param)
+    _check_rows(batch, z_a=z_a)
+    return two_view_correlation(batch, z_a, z_b, lambda_param)
 
 
+@distributed.raises_together
 def vicreg_loss(
     z_a: Tensor,
     z_b: Tensor,
@@ -56,6 +73,8 @@ def vicreg_loss(
     eps: float = 1e-4,
     *,
     variant: str = "code",
+    process_group: Any = None,
+    strategy: str | None = None,
 ) -> Tensor:
     """VICReg: views agree (invariance), each feature varies (variance), no two say the same (covariance).
 
@@ -75,6 +94,9 @@ def vicreg_loss(
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         eps: added to the variance.
         variant: "code" or "paper".
+        process_group, strategy: as in `barlow_twins_loss`.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; one row or none; a weight or a variant not as said.
@@ -100,13 +122,18 @@ def vicreg_loss(
         "variance": mu_param / 2 if variant == "code" else mu_param,
         "covariance": nu_param,
     }
-    losses = []
     for a, b in positions:
         _check_views(z_a=a, z_b=b)
-        losses.append(two_view_covariance(a, b, **weights, eps=eps))
+    batch = distributed.batch(
+        *(process_group, strategy, "vicreg_loss"),
+        z_a=z_a, z_b=z_b, lambda_param=lambda_param, mu_param=mu_param, nu_param=nu_param, eps=eps, variant=variant,
+    )  # fmt: skip
+    _check_rows(batch, z_a=z_a)
+    losses = [two_view_covariance(batch, a, b, **weights, eps=eps) for a, b in positions]
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
+@distributed.raises_together
 def tico_loss(
     z_a: Tensor,
     z_b: Tensor,
@@ -115,6 +142,7 @@ def tico_loss(
     rho: float = 8.0,
     *,
     through_batch: bool = False,
+    process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """TiCo: views agree, and no row lies where the rows so far, a moving average of theirs, have lain.
 
@@ -134,9 +162,12 @@ def tico_loss(
         beta: how much of it stays.
         rho: weight of the covariance.
         through_batch: see above.
+        process_group: as in `distributed.Group`; B is then over the rows of all ranks, and C the same on each.
 
     Returns:
         loss, (), and C, (D, D), without gradient, for the next call.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: other shapes, dtypes or devices; one row or none; a weight not as said.
@@ -155,22 +186,40 @@ def tico_loss(
         check.floating("covariance", covariance)
         if covariance.shape != (d, d):
             raise ValueError(f"covariance must have shape ({d}, {d}), got {tuple(covariance.shape)}")
+    batch = distributed.batch(
+        *(process_group, None, "tico_loss"),
+        z_a=z_a, z_b=z_b, covariance=covariance, beta=beta, rho=rho, through_batch=through_batch,
+    )  # fmt: skip
+    _check_rows(batch, z_a=z_a)
     u, v = common.normalize(common.wide(z_a)), common.normalize(common.wide(z_b))
-    share = (1 - beta) / len(u)
+    total = batch.total(u)
+    rows = total / batch.world
     with torch.no_grad(), full_precision(u):
-        c = share * (u.T @ u) if covariance is None else torch.addmm(covariance.to(u), u.T, u, beta=beta, alpha=share)
+        if batch.local:
+            share, old = (1 - beta) / len(u), covariance
+            c = share * (u.T @ u) if old is None else torch.addmm(old.to(u), u.T, u, beta=beta, alpha=share)
+        else:
+            new = (1 - beta) / total * batch.sum(u.T @ u)
+            c = new if covariance is None else torch.add(new, covariance.to(u), alpha=beta)
         pull = u @ c
-        energy = (u * pull).sum() / len(u)
+        energy = (u * pull).sum() / rows
         if through_batch:
-            pull += share * torch.linalg.multi_dot([u, u.T, u])
+            pull += share * torch.linalg.multi_dot([u, u.T, u]) if batch.local else u @ new
     # The gradient is twice `pull`, which is at hand: autograd would multiply by C once more. It could be differentiated
     # again, wrongly, if the op that normalizes did not refuse.
-    slope = 2 * (u * pull).sum() / len(u)
-    loss = 1 - common.row_dot(u, v).mean() + rho * (energy + (slope - slope.detach()))
+    slope = 2 * (u * pull).sum() / rows
+    loss = 1 - batch.mean(common.row_dot(u, v)) + rho * (energy + (slope - slope.detach()))
     return loss, c
 
 
-def frossl_loss(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Tensor:
+@distributed.raises_together
+def frossl_loss(
+    z_views: Sequence[Tensor],
+    invariance_weight: float = 1.0,
+    *,
+    process_group: Any = None,
+    strategy: str | None = None,
+) -> Tensor:
     """FroSSL: the features of each view are uncorrelated, by the Frobenius norm alone; every view is near their mean.
 
         u_v = columns of z_views[v] of unit length                        (N, D), V views; the mean stays
@@ -187,6 +236,9 @@ def frossl_loss(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Te
     Args:
         z_views: at least two tensors (N, D), N > 1: one row a sample.
         invariance_weight: weight of the second term.
+        process_group, strategy: as in `barlow_twins_loss`, but rows travel while all of them are at most D.
+
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
         ValueError, TypeError: less than two views; other shapes, dtypes or devices; one row or none.
@@ -205,23 +257,40 @@ def frossl_loss(z_views: Sequence[Tensor], invariance_weight: float = 1.0) -> Te
     for i in range(1, count):
         _check_views(**{"z_views[0]": z_views[0], f"z_views[{i}]": z_views[i]})
     check_weight("invariance_weight", invariance_weight)
-    lengths = [torch.linalg.vector_norm(common.wide(z), dim=0) for z in z_views]
+    brought = {f"z_views[{i}]": z for i, z in enumerate(z_views)}
+    batch = distributed.batch(process_group, strategy, "frossl_loss", **brought, invariance_weight=invariance_weight)
+    _check_rows(batch, **brought)
+    lengths = _lengths(batch, [common.wide(z) for z in z_views])
     views = [common.wide(z) / length.clamp_min(EPS) for z, length in zip(z_views, lengths)]
     center = sum(views[1:], views[0]) / count
-    loss = invariance_weight * count / len(center) * sum((u - center).square().sum() for u in views)
+    rows: Any = batch.total(center) / batch.world
+    loss = invariance_weight * count / rows * sum((u - center).square().sum() for u in views)
     for u, length in zip(views, lengths):
         trace = (length / length.clamp_min(EPS)).detach().square().sum()
-        loss = loss + product_frobenius(u).log() - 2 * trace.log()
+        loss = loss + product_frobenius(batch, u).log() - 2 * trace.log()
     return loss
+
+
+def _lengths(batch: Batch, views: list[Tensor]) -> list[Tensor]:
+    """Of the views' columns, over the rows of all ranks."""
+    if batch.local:
+        return [torch.linalg.vector_norm(z, dim=0) for z in views]
+    squares = batch.sum(torch.stack([z.square().sum(0) for z in views]))
+    return list(squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt())  # a column of zeros has gradient 0
 
 
 def _check_views(**views: Any) -> None:
     common.check_pair(None, **views)
     name, z = next(iter(views.items()))
-    if z.shape[0] == 1:
-        raise ValueError(f"{name} must have more than one row, got shape {tuple(z.shape)}")
     if z.shape[1] == 0:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
+
+
+def _check_rows(batch: Batch, **views: Tensor) -> None:
+    """Several ranks have more than one."""
+    name, z = next(iter(views.items()))
+    if batch.local and z.shape[0] == 1:
+        raise ValueError(f"{name} must have more than one row, got shape {tuple(z.shape)}")
 
 
 def check_weight(name: str, x: Any) -> None:

@@ -42,7 +42,7 @@ once_differentiable(standard_backward)
 # the scalars
 
 
-def _scalar(schema: str, function):
+def scalar(schema: str, function, everywhere: bool = False):
     """A scalar of two views, the last argument its `output_mask`, and its emitted gradients."""
 
     def fake(x, y, *rest):
@@ -59,16 +59,19 @@ def _scalar(schema: str, function):
         return *emitted_gradients(ctx, grad), *(None,) * ctx.others
 
     op = define(
-        f"{schema}, bool[2] output_mask) -> (Tensor value, Tensor dx, Tensor dy)", reference=function, fake=fake
+        f"{schema}, bool[2] output_mask) -> (Tensor value, Tensor dx, Tensor dy)",
+        reference=function,
+        fake=fake,
+        everywhere=everywhere,
     )
     differentiable(op, setup_context=setup, backward=autograd)
     return op
 
 
-frobenius = _scalar("product_frobenius(Tensor a, Tensor? b, bool off_diagonal", reference.product_frobenius)
-correlation = _scalar(
+frobenius = scalar("product_frobenius(Tensor a, Tensor? b, bool off_diagonal", reference.product_frobenius)
+correlation = scalar(
     "two_view_correlation(Tensor x, Tensor y, float lambda_param, float eps", reference.two_view_correlation
 )
-covariance = _scalar(
+covariance = scalar(
     "two_view_covariance(Tensor x, Tensor y, float[3] weights, float gamma, float eps", reference.two_view_covariance
 )

@@ -171,6 +171,15 @@ def test_repr_names_the_options(module: nn.Module, text: str) -> None:
     assert repr(module) == text
 
 
+@pytest.mark.parametrize("name", ["BarlowTwinsLoss", "VICRegLoss", "TiCoLoss"])
+def test_gather_distributed_without_other_ranks(name: str) -> None:
+    """As lightly's users write it, in a script that may also run as one process."""
+    module = getattr(losses, name)
+    (a, b), one, all_ranks = views(), module(), module(gather_distributed=True)
+    assert torch.equal(all_ranks(a, b), one(a, b))
+    assert repr(all_ranks) == repr(one)[:-1] + ", process_group=world)"
+
+
 def test_options_may_follow_a_schedule() -> None:
     module, (a, b) = MODULES["BarlowTwinsLoss"]()
     module.lambda_param = 0.5
@@ -226,12 +235,10 @@ def test_bad_views_are_refused_by_name(name: str) -> None:
         (lambda: losses.frossl_loss([A, A, A[:2]]), ValueError, "z_views[2] must have the shape of z_views[0] (4, 3)"),
         (lambda: losses.frossl_loss([A, A], -0.5), ValueError, "invariance_weight must be in [0.0, inf), got -0.5"),
         (lambda: losses.BarlowTwinsLoss(float("inf")), ValueError, "lambda_param must be in [0.0, inf), got inf"),
-        (lambda: losses.BarlowTwinsLoss(gather_distributed=True), NotImplementedError, "gather_distributed=True"),
+        (lambda: losses.BarlowTwinsLoss(strategy="star"), ValueError, "strategy must be one of 'gather', 'ring'"),
         (lambda: losses.VICRegLoss(nu_param=-1.0), ValueError, "nu_param must be in"),
         (lambda: losses.VICRegLoss(variant="lightly"), ValueError, "variant must be one of"),
-        (lambda: losses.VICRegLoss(gather_distributed=True), NotImplementedError, "gather_distributed=True"),
         (lambda: losses.TiCoLoss(beta=-0.1), ValueError, "beta must be in"),
-        (lambda: losses.TiCoLoss(gather_distributed=True), NotImplementedError, "gather_distributed=True"),
         (lambda: losses.FroSSLLoss(None), TypeError, "invariance_weight must be a number, got NoneType"),
     ],
 )
