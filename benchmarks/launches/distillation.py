@@ -54,10 +54,18 @@ def _sinkhorn(dtype: torch.dtype) -> None:
             distillation.sinkhorn_knopp(_empty(samples, prototypes, dtype=dtype), 3, 0.05)
 
 
+def _sinkhorn_sweep(dtype: torch.dtype) -> None:
+    """Of a rank: of SwAV's prototypes, whose rows are whole, and of DINOv2's, read twice."""
+    for samples, prototypes in ((256, 3000), (256, 65536)):
+        if dtype == torch.float32:
+            distillation.sinkhorn_sweep(_empty(samples, prototypes, dtype=dtype), _empty(prototypes), 0.05)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "soft_cross_entropy": _dino,
     "soft_cross_entropy_rows": _patches,
     "softmax_center": _softmax,
     "linear_soft_cross_entropy": _linear,
     "sinkhorn_knopp": _sinkhorn,
+    "sinkhorn_sweep": _sinkhorn_sweep,
 }

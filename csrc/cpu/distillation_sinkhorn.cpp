@@ -86,23 +86,23 @@ class Sinkhorn {
       : x_(x, view),
         rate_(epsilon),
         epsilon_(static_cast<T>(epsilon)),
-        ratio_(static_cast<T>(static_cast<double>(x_.cols) / x_.rows)),
         threads_(useful_threads(kFlopsAnExp * x_.rows * x_.cols)) {}
 
   void center(i64 iterations, T* c) const {
-    first(c);
-    if (iterations == 1)
-      return;
-    const i64 k = x_.cols, threads = std::min(threads_, x_.rows);
-    Buffer<T> shares(threads * k);
-    for (i64 i = 1; i < iterations; ++i) {
-      run(threads, [&](i64 t) { share(rows_of(t, threads), c, shares + t * k); });
-      run(threads_, [&](i64 t) {
-        const Range mine = part(0, k, t, threads_);
-        for (i64 other = 1; other < threads; ++other)
-          tiles<T>().axpy(shares + mine.begin, T(1), shares + other * k + mine.begin, mine.size());
-        SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), shares + mine.begin, ratio_, epsilon_, c + mine.begin));
-      });
+    const T ratio = static_cast<T>(static_cast<double>(x_.cols) / x_.rows);
+    sweep_scores(ratio, c);
+    for (i64 i = 1; i < iterations; ++i) sweep_shares(c, ratio, c);
+  }
+
+  // without a centre the first sweep, with one those after it
+  void sweep(const T* c, T* out) const {
+    if (x_.rows == 0) {
+      std::fill_n(out, x_.cols, kNone<T>);
+    } else if (c == nullptr) {
+      sweep_scores(T(1), out);
+    } else {
+      std::fill_n(out, x_.cols, T(0));
+      sweep_shares(c, T(1), out);
     }
   }
 
@@ -126,8 +126,8 @@ class Sinkhorn {
  private:
   Range rows_of(i64 t, i64 threads) const { return {x_.rows * t / threads, x_.rows * (t + 1) / threads}; }
 
-  // c_k = epsilon log(K / B sum_b exp(x_bk / epsilon))
-  void first(T* c) const {
+  // c_k = epsilon log(ratio sum_b exp(x_bk / epsilon))
+  void sweep_scores(T ratio, T* c) const {
     run(threads_, [&](i64 t) {
       const Range mine = part(0, x_.cols, t, threads_);
       Buffer<T> sums(mine.size()), scratch(kRowsAtOnce * kPiece);
@@ -142,7 +142,20 @@ class Sinkhorn {
           SSLKERNELS_AT_LEVEL(column_sums<T>(x, ld, count, n, rate_, c + k, sums + (k - mine.begin)));
         }
       }
-      SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), sums, ratio_, epsilon_, c + mine.begin));
+      SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), sums, ratio, epsilon_, c + mine.begin));
+    });
+  }
+
+  // out_k += epsilon log(ratio sum_b e_bk / Z_b); out may be c
+  void sweep_shares(const T* c, T ratio, T* out) const {
+    const i64 k = x_.cols, threads = std::min(threads_, x_.rows);
+    Buffer<T> shares(threads * k);
+    run(threads, [&](i64 t) { share(rows_of(t, threads), c, shares + t * k); });
+    run(threads_, [&](i64 t) {
+      const Range mine = part(0, k, t, threads_);
+      for (i64 other = 1; other < threads; ++other)
+        tiles<T>().axpy(shares + mine.begin, T(1), shares + other * k + mine.begin, mine.size());
+      SSLKERNELS_AT_LEVEL(recenter<T>(mine.size(), shares + mine.begin, ratio, epsilon_, out + mine.begin));
     });
   }
 
@@ -220,7 +233,7 @@ class Sinkhorn {
 
   const Scores<T> x_;
   const Rate<T> rate_;
-  T epsilon_, ratio_;
+  T epsilon_;
   i64 threads_;
 };
 
@@ -239,6 +252,19 @@ Tensor sinkhorn_center(const Tensor& scores, i64 iterations, double epsilon) {
     Tensor result = empty(sizes(scores, true), kScalar<T>);
     const i64 views = scores.dim() == 3 ? scores.size(0) : 1, cols = scores.size(scores.dim() - 1);
     for (i64 v = 0; v < views; ++v) Sinkhorn<T>(scores, v, epsilon).center(iterations, data<T>(result) + v * cols);
+    return result;
+  });
+}
+
+Tensor sinkhorn_sweep(const Tensor& scores, const std::optional<Tensor>& center, double epsilon) {
+  return with_type(is_double(scores), [&](auto zero) {
+    using T = decltype(zero);
+    Tensor result = empty(sizes(scores, true), kScalar<T>);
+    const i64 views = scores.dim() == 3 ? scores.size(0) : 1, cols = scores.size(scores.dim() - 1);
+    for (i64 v = 0; v < views; ++v) {
+      const T* c = center ? static_cast<const T*>(center->const_data_ptr()) + v * cols : nullptr;
+      Sinkhorn<T>(scores, v, epsilon).sweep(c, data<T>(result) + v * cols);
+    }
     return result;
   });
 }
@@ -263,6 +289,7 @@ Tensor sinkhorn_knopp(const Tensor& scores, i64 iterations, double epsilon) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, library) {
   library.impl("sinkhorn_center", TORCH_BOX(&sinkhorn_center));
   library.impl("sinkhorn_knopp", TORCH_BOX(&sinkhorn_knopp));
+  library.impl("sinkhorn_sweep", TORCH_BOX(&sinkhorn_sweep));
 }
 
 }  // namespace sslkernels

@@ -23,6 +23,7 @@ from sslkernels.ops.distillation import (
     linear_soft_cross_entropy,
     sinkhorn_center,
     sinkhorn_knopp,
+    sinkhorn_sweep,
     soft_cross_entropy,
     softmax_center,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "similarity_softplus_sum",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "sinkhorn_sweep",
     "skipgram",
     "skipgram_update_",
     "soft_cross_entropy",

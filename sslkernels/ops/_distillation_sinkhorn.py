@@ -20,8 +20,17 @@ _codes = define(
 _center = define(
     f"sinkhorn_center{_ARGUMENTS}",
     reference=reference.sinkhorn_center,
-    fake=lambda scores, *options: scores.new_empty((*scores.shape[:-2], scores.shape[-1]), dtype=compute_dtype(scores)),
+    fake=lambda scores, *options: _fake_center(scores),
 )
+_sweep = define(
+    "sinkhorn_sweep(Tensor scores, Tensor? center, float epsilon) -> Tensor",
+    reference=reference.sinkhorn_sweep,
+    fake=lambda scores, *options: _fake_center(scores),
+)
+
+
+def _fake_center(scores: Tensor) -> Tensor:
+    return scores.new_empty((*scores.shape[:-2], scores.shape[-1]), dtype=compute_dtype(scores))
 
 
 @torch.no_grad()
@@ -97,11 +106,60 @@ def sinkhorn_center(scores: Tensor, iterations: int = 3, epsilon: float = 0.05) 
     return _center(scores, iterations, float(epsilon))
 
 
+@torch.no_grad()
+def sinkhorn_sweep(scores: Tensor, center: Tensor | None = None, epsilon: float = 0.05) -> Tensor:
+    """What one iteration of `sinkhorn_center` reads off the scores, times epsilon. No gradient.
+
+        epsilon log sum_b exp(scores_bk / epsilon)                  without a center
+        epsilon log sum_b softmax((scores - center) / epsilon)_bk   with one
+
+    So c = sweep + epsilon log(K/B), then c = c + sweep + epsilon log(K/B): for samples in several places, whose sums
+    are added between the sweeps.
+
+    Args:
+        scores: (B, K), or (T, B, K) for T views, each on its own; B may be 0.
+        center: (K,), or (T, K); the previous iteration's, of all samples.
+        epsilon: as in `sinkhorn_knopp`.
+
+    Returns:
+        (K,), or (T, K), in float32, float64 if scores is; -inf without samples, or where all scores are -inf. With a
+        center and in float32, a sum below 1e-23 B is known to be small, no more. NaN and +inf are NaN, with a center in
+        their whole view.
+
+    Raises:
+        ValueError, TypeError: other shapes, no prototypes, dtypes or devices other than above; epsilon out of range.
+
+    Example:
+        >>> scores = torch.randn(8, 16)
+        >>> parts = torch.stack([sinkhorn_sweep(half) for half in scores.split(4)])
+        >>> torch.allclose((parts / 0.05).logsumexp(0) * 0.05, sinkhorn_sweep(scores))
+        True
+
+    Source: as `sinkhorn_knopp`.
+    """
+    _check_scores(scores)
+    if 0 in (*scores.shape[:-2], scores.shape[-1]):
+        raise ValueError(f"scores must have prototypes, got shape {tuple(scores.shape)}")
+    check.positive("epsilon", epsilon)
+    if center is not None:
+        check.floating("center", center)
+        check.same_device("center", center, "scores", scores)
+        expected = (*scores.shape[:-2], scores.shape[-1])
+        if center.shape != expected:
+            raise ValueError(f"center must have shape {expected}, got {tuple(center.shape)}")
+        center = center.to(compute_dtype(scores)).contiguous()
+    return _sweep(scores, center, float(epsilon))
+
+
 def _check(scores: Tensor, iterations: int, epsilon: float) -> None:
-    check.floating("scores", scores)
-    if scores.ndim not in (2, 3):
-        raise ValueError(f"scores must have shape (B, K) or (T, B, K), got {tuple(scores.shape)}")
+    _check_scores(scores)
     if 0 in scores.shape:
         raise ValueError(f"scores must have samples and prototypes, got shape {tuple(scores.shape)}")
     check.integer("iterations", iterations, 1)
     check.positive("epsilon", epsilon)
+
+
+def _check_scores(scores: Tensor) -> None:
+    check.floating("scores", scores)
+    if scores.ndim not in (2, 3):
+        raise ValueError(f"scores must have shape (B, K) or (T, B, K), got {tuple(scores.shape)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.reference._distillation_linear import linear_soft_cross_entropy
-from sslkernels.reference._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp
+from sslkernels.reference._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp, sinkhorn_sweep
 from sslkernels.reference._distillation_soft import (
     centers,
     pairs,
@@ -29,6 +29,7 @@ __all__ = [
     "linear_soft_cross_entropy",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "sinkhorn_sweep",
     "soft_cross_entropy",
     "softmax_center",
 ]

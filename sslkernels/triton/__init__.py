@@ -32,6 +32,7 @@ KERNELS = {
     "similarity_softplus_sum": "contrastive",
     "sinkhorn_center": "distillation",
     "sinkhorn_knopp": "distillation",
+    "sinkhorn_sweep": "distillation",
     "skipgram": "tokens",
     "skipgram_backward": "tokens",
     "skipgram_backward_rows": "tokens",

@@ -102,7 +102,7 @@ def merge_kernel(
     best, total, before, potential, factor, ratio, columns, parts,
     LOGS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """potential = before + log2(ratio sum) / factor, with the sums of all parts in order."""
+    """potential = log2(ratio sum) / factor, and `before` it, with the sums of all parts in order."""
     v = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     view = tl.program_id(1).to(tl.int64)
     highest = tl.full((BLOCK_C,), -float("inf"), tl.float32)
@@ -112,6 +112,7 @@ def merge_kernel(
             mask = (p < parts)[:, None] & (v < columns)[None, :]
             at = (view * parts + p)[:, None] * columns + v[None, :]
             highest = tl.maximum(highest, tl.max(tl.load(best + at, mask=mask, other=-float("inf")), 0))
+    highest = tl.where(highest == -float("inf"), 0.0, highest)  # the log of nothing is -inf, while +inf is NaN
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, parts, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -119,14 +120,13 @@ def merge_kernel(
         at = (view * parts + p)[:, None] * columns + v[None, :]
         s = tl.load(total + at, mask=mask, other=0.0)
         if LOGS:
-            # -inf in all of a column is NaN, as +inf is
             lag = tl.load(best + at, mask=mask, other=-float("inf")) - highest[None, :]
             s = tl.where(mask, s * tl.exp2(lag * factor), 0.0)
         sums += tl.sum(s, 0)
     value = tl.log2(sums * ratio) / factor
     if LOGS:
         value += highest
-    else:
+    elif before is not None:
         value += tl.load(before + view * columns + v, mask=v < columns, other=0.0)
     tl.store(potential + view * columns + v, value, mask=v < columns)
 
@@ -183,7 +183,8 @@ class _Sweeps:
     """A matrix with its rows along the long side, and what an iteration does to the potentials of its columns."""
 
     def __init__(self, x: Tensor, epsilon: float, ratio: float, row_ratio: float, whole: bool):
-        self.x, self.tiles, self.factor = x, _cut(x, whole), LOG2E.value / epsilon
+        self.x, self.epsilon, self.whole = x, epsilon, whole
+        self.tiles, self.factor = _cut(x, whole), LOG2E.value / epsilon
         self.ratio, self.row_ratio = ratio, row_ratio  # what sums of columns and of rows are multiplied by
         shape_of_partial = x.shape[0], self.tiles.parts, x.shape[2]
         self.best, self.total = x.new_empty(2, *shape_of_partial, dtype=torch.float32).unbind()
@@ -195,7 +196,14 @@ class _Sweeps:
         self.sweeps += 1
         return 0 if self.sweeps % 2 else programs - 1
 
-    def sweep(self, *, normalize, row_potential=None, peaks=(None, None), last=False):
+    def next(self, *, before=True):
+        """The next potentials, or without those before them what a sweep adds; long rows are read twice."""
+        peaks = (None, None)
+        if self.potential is not None and not self.whole:
+            peaks = find_peaks([self.x], self.potential, self.epsilon)[:2]
+        self.sweep(normalize=self.whole and self.potential is not None, peaks=peaks, before=before)
+
+    def sweep(self, *, normalize, row_potential=None, peaks=(None, None), last=False, before=True):
         views, rows, columns = self.x.shape
         cut = self.tiles
         partial = (None, None) if last else (self.best, self.total)
@@ -206,8 +214,8 @@ class _Sweeps:
         launch(sweep_kernel, grid, *operands, *sizes, NORMALIZE=normalize, LOGS=logs, **cut.options)
         if last:
             return
-        before, self.potential = self.potential, self.x.new_empty(views, columns, dtype=torch.float32)
-        operands = self.best, self.total, before, self.potential
+        start, self.potential = self.potential, self.x.new_empty(views, columns, dtype=torch.float32)
+        operands = self.best, self.total, start if before else None, self.potential
         tile = shape("sinkhorn_merge", self.x)
         sizes = self.factor, self.ratio, columns, cut.parts
         launch(merge_kernel, (cdiv(columns, tile["BLOCK_C"]), views), *operands, *sizes, LOGS=logs, **tile)
@@ -236,17 +244,26 @@ def _solve(scores, iterations, epsilon, want_codes):
         if want_codes:
             sweeps.codes(center, out.mT)
         return out, center
-    short = width <= SHORT
-    sweeps = _Sweeps(x, epsilon, usage, 1.0, whole=short)
-    sweeps.sweep(normalize=False)
-    for _ in range(iterations - 1):
-        peaks = (None, None) if short else find_peaks([x], sweeps.potential, epsilon)[:2]
-        sweeps.sweep(normalize=short, peaks=peaks)
-    if want_codes and short:
+    sweeps = _Sweeps(x, epsilon, usage, 1.0, whole=width <= SHORT)
+    for _ in range(iterations):
+        sweeps.next()
+    if want_codes and sweeps.whole:
         sweeps.codes(None, out)
     elif want_codes:
         out = softmax_rows(x, sweeps.potential, epsilon)
     return out, sweeps.potential
+
+
+def sinkhorn_sweep(scores, center, epsilon):
+    x = scores if scores.dim() == 3 else scores.unsqueeze(0)
+    views, batch, width = x.shape
+    if batch == 0:
+        return x.new_full((*scores.shape[:-2], width), -torch.inf, dtype=torch.float32)
+    sweeps = _Sweeps(x, epsilon, 1.0, 1.0, whole=width <= SHORT)
+    sweeps.potential = None if center is None else center.view(views, width)
+    sweeps.next(before=False)
+    assert sweeps.potential is not None
+    return sweeps.potential.view(*scores.shape[:-2], width)
 
 
 def sinkhorn_knopp(scores, iterations, epsilon):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from sslkernels.triton._distillation_linear import linear_soft_cross_entropy
-from sslkernels.triton._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp
+from sslkernels.triton._distillation_sinkhorn import sinkhorn_center, sinkhorn_knopp, sinkhorn_sweep
 from sslkernels.triton._distillation_soft import (
     soft_cross_entropy,
     soft_cross_entropy_,
@@ -18,6 +18,7 @@ __all__ = [
     "linear_soft_cross_entropy",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "sinkhorn_sweep",
     "soft_cross_entropy",
     "soft_cross_entropy_",
     "soft_cross_entropy_rows",

@@ -211,6 +211,10 @@ CALLS: dict[str, Call] = {
     ),
     "sinkhorn_knopp": Call(ops.sinkhorn_knopp, lambda: {"scores": torch.randn(130, 515) / 6}),
     "sinkhorn_center": Call(ops.sinkhorn_center, lambda: {"scores": torch.randn(130, 515) / 6}),
+    "sinkhorn_sweep": Call(ops.sinkhorn_sweep, lambda: {"scores": torch.randn(130, 515) / 6}),
+    "sinkhorn_sweep with a centre": Call(
+        ops.sinkhorn_sweep, lambda: {"scores": torch.randn(130, 515) / 6, "center": torch.randn(515) / 20}
+    ),
     "gather_patches": Call(ops.gather_patches, image_inputs, ("images",), exact=True),
     "gather_patches uint8": Call(
         lambda images, ids, mean, std: ops.gather_patches(images, ids, 16, channels_last=True, mean=mean, std=std),

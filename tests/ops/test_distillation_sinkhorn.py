@@ -279,6 +279,67 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(ops.sinkhorn_knopp(far), ops.sinkhorn_knopp(far.contiguous()))
 
 
+# one sweep
+
+
+def iterated(parts: list[Tensor], iterations: int, epsilon: float, *, op: Any = ops.sinkhorn_sweep) -> Tensor:
+    """The centre of samples that are in several places."""
+    samples, prototypes = sum(x.shape[-2] for x in parts), parts[0].shape[-1]
+    center = None
+    for _ in range(iterations):
+        sums = torch.stack([op(x, center, epsilon) for x in parts])
+        added = epsilon * ((sums / epsilon).logsumexp(0) + math.log(prototypes / samples))
+        center = added if center is None else center + added
+    return center
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 17), (3, 1025), (2, 30, 40)], ids=str)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
+def test_sweeps_of_parts_make_the_centre_of_all(shape: tuple[int, ...], iterations: int, dtype: torch.dtype) -> None:
+    """Parts that differ, one of them without a sample; in float64 against the exponential form."""
+    x = torch.randn(shape).to(dtype)
+    parts = [*x.split([1, shape[-2] - 1], -2), x[..., :0, :]]
+    wide = F64 if dtype == F64 else F32
+    exact = reference.sinkhorn_center(x.double(), iterations, 0.3)
+    for op in (ops.sinkhorn_sweep, reference.sinkhorn_sweep):
+        center = iterated(parts, iterations, 0.3, op=op)
+        assert center.dtype == wide
+        assert (center.double() - exact).abs().max() <= (1e-13 if dtype == F64 else 4 * 2.0**-23 * exact.abs().max())
+    if dtype == F64 and x.ndim == 2:
+        codes = ((x - center) / 0.3).softmax(-1)
+        torch.testing.assert_close(codes, exponential(x, iterations, 0.3), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 3), (7, 16), (9, 1024), (65, 33), (2, 13, 1037)], ids=lambda s: "x".join(map(str, s))
+)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 1e4])
+def test_a_sweep_is_its_formula(shape: tuple[int, ...], scale: float) -> None:
+    """Within roundings of the largest exponent; a sum that float32 cannot tell from nothing is small here too."""
+    x, center = scale * torch.randn(shape), torch.randn(*shape[:-2], shape[-1])
+    for c in (None, center):
+        exact = reference.sinkhorn_sweep(x.double(), None if c is None else c.double(), 0.05)
+        got = ops.sinkhorn_sweep(x, c, 0.05).double()
+        least = 1e-23 * shape[-2]
+        told = exact > (-torch.inf if c is None else 0.05 * math.log(least))
+        size = x.abs().max() + (0 if c is None else c.abs().max())
+        assert (got - exact)[told].abs().max() <= 4 * 2.0**-23 * size + 1e-6 * 0.05
+        assert (got[~told] <= 0.05 * math.log(2 * least)).all()
+
+
+def test_a_sweep_of_what_is_not_finite() -> None:
+    x, center = torch.randn(5, 6, 4), torch.randn(5, 4)
+    x[0, :, 1], x[1, 2, 1], x[2, 2, 1], x[3, 2, 1] = -torch.inf, torch.nan, torch.inf, -torch.inf
+    first = ops.sinkhorn_sweep(x)
+    assert first[0, 1] == -torch.inf and first[1:3, 1].isnan().all() and first[3:].isfinite().all()
+    later = ops.sinkhorn_sweep(x, center)
+    assert later[1:3].isnan().all() and later[3:].isfinite().all() and later[0, [0, 2, 3]].isfinite().all()
+    assert (later[0, 1] / 0.05).exp() <= 6e-23
+    for c in (None, center):
+        assert (ops.sinkhorn_sweep(x[:, :0], c) == -torch.inf).all()
+
+
 # autograd, the compiler, errors
 
 
@@ -294,6 +355,12 @@ def test_no_gradient_and_no_cast_under_autocast() -> None:
 def test_opcheck(name: str) -> None:
     for x in (torch.randn(5, 7), torch.randn(2, 5, 7).bfloat16(), torch.randn(4, 3, dtype=F64)):
         torch.library.opcheck(getattr(torch.ops.sslkernels, name).default, (x, 3, 0.05))
+
+
+def test_opcheck_of_a_sweep() -> None:
+    for x in (torch.randn(5, 7), torch.randn(2, 5, 7).bfloat16(), torch.randn(4, 3, dtype=F64), torch.randn(0, 3)):
+        for center in (None, torch.randn(*x.shape[:-2], x.shape[-1], dtype=F64 if x.dtype == F64 else F32)):
+            torch.library.opcheck(torch.ops.sslkernels.sinkhorn_sweep.default, (x, center, 0.05))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -358,3 +425,20 @@ def test_refused_by_name(case: str, op: Any) -> None:
     changed, error, message = REFUSED[case]
     with pytest.raises(error, match=re.escape(message)):
         op(**{"scores": X, **changed})
+
+
+REFUSED_SWEEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "one dimension": ({"scores": X[0]}, ValueError, "scores must have shape (B, K) or (T, B, K), got (5,)"),
+    "no prototype": ({"scores": X[:, :0]}, ValueError, "scores must have prototypes, got shape (4, 0)"),
+    "epsilon zero": ({"epsilon": 0.0}, ValueError, "epsilon must be positive and finite, got 0.0"),
+    "centre of integers": ({"center": X[0].long()}, TypeError, "center must be float32, float64, bfloat16 or"),
+    "centre a view": ({"center": X[:1]}, ValueError, "center must have shape (5,), got (1, 5)"),
+    "one centre of two": ({"scores": X[None], "center": X[0]}, ValueError, "center must have shape (1, 5), got (5,)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SWEEPS)
+def test_a_sweep_refuses_by_name(case: str) -> None:
+    changed, error, message = REFUSED_SWEEPS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        ops.sinkhorn_sweep(**{"scores": X, **changed})

@@ -175,6 +175,23 @@ def test_sinkhorn(compare: Callable, samples: int, prototypes: int) -> None:
     compare("sinkhorn_center", strided(logits(2, samples, prototypes, F16)), 1, 0.1)
 
 
+@pytest.mark.parametrize("short", [4, 4096], ids=["long", "short"])
+@pytest.mark.parametrize(("samples", "prototypes"), [*SINKHORN, (0, 5)])
+def test_sinkhorn_sweep(
+    compare: Callable, samples: int, prototypes: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rank adds to the sums of all; -inf where it has nothing to add."""
+    monkeypatch.setattr("sslkernels.triton._distillation_sinkhorn.SHORT", short)
+    x = logits(2, samples, prototypes)
+    x[0, :, 0] = -torch.inf
+    compare("sinkhorn_sweep", x, None, 0.05)
+    compare("sinkhorn_sweep", logits(1, samples, prototypes)[0], None, 0.05)
+    center = torch.randn(2, prototypes) / 2
+    compare("sinkhorn_sweep", logits(2, samples, prototypes), center, 0.5)
+    compare("sinkhorn_sweep", strided(logits(2, samples, prototypes, BF16)), center, 0.5)
+    compare("sinkhorn_sweep", logits(1, samples, prototypes, F16)[0], center[0], 0.5)
+
+
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_sinkhorn_of_two_long_sides(compare: Callable, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sslkernels.triton._distillation_sinkhorn.SHORT", 4)
