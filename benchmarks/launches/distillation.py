@@ -12,7 +12,7 @@ from sslkernels.triton import distillation
 
 TENSOR_CORES: set[str] = {"logit_peak_kernel", "probabilities_kernel", "slopes_kernel"}
 # a few registers a thread, for another program a multiprocessor: ptxas's choice, but in slopes_kernel the table's
-SPILLS: dict[str, int] = {"peak_kernel": 16, "softmax_kernel": 16, "sweep_kernel": 8, "slopes_kernel": 80}
+SPILLS: dict[str, int] = {"peak_kernel": 16, "softmax_kernel": 16, "sweep_kernel": 16, "slopes_kernel": 80}
 
 B, V, D = 64, 65536, 256
 

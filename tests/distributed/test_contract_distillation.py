@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DINO, iBOT, SwAV and KoLeo over ranks; their centres are the same everywhere, and those of one process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from contract import EVEN, UNEVEN, Setting
+from contract import check as check_contract
+from prototype_cases import WithMean, centers_on, koleo_on, module_steps
+from torch import Tensor
+
+from sslkernels import losses, ops
+
+NAMES = ["dino", "dino_rows", "dino_sinkhorn", "ibot", "ibot_sinkhorn", "swav", "swav_queue", "koleo"]
+COMPILED = ["dino", "dino_rows", "dino_sinkhorn", "ibot_first", "swav", "koleo"]
+
+check = functools.partial(check_contract, module="prototype_cases")
+
+
+@pytest.mark.parametrize(
+    ("group", "sizes"), [("2", UNEVEN), ("3", EVEN), ("3", UNEVEN), ("4", UNEVEN), ("subgroup", UNEVEN)],
+    ids=["2", "3 even", "3", "4", "subgroup"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradients_are_those_of_one_process(ranks: Any, name: str, group: str, sizes: Any) -> None:
+    check(ranks, name, group, Setting(sizes))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_of_one_size_compared_once(ranks: Any, name: str) -> None:
+    check(ranks, name, "2", Setting(EVEN, check="first"))
+
+
+@pytest.mark.parametrize(("sizes", "how"), [(EVEN, "first"), (UNEVEN, None)], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(ranks: Any, name: str, sizes: Any, how: str | None) -> None:
+    check(ranks, name, "2", Setting(sizes, check=how, compiled=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_accumulate(ranks: Any, name: str) -> None:
+    check(ranks, name, "2", Setting(UNEVEN, micro_batches=2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_16_bits(ranks: Any, name: str) -> None:
+    check(ranks, name, "3", Setting(UNEVEN, dtype=torch.bfloat16), tolerance=2e-2)
+
+
+def rows_of(count: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(count, 9, dtype=torch.float64)
+
+
+def codes_of(scores: Tensor, center: Tensor, epsilon: float) -> Tensor:
+    return ((scores - center) / epsilon).softmax(-1)
+
+
+# rows of two views on each rank; a rank may have none
+SHARES = ((4, 1), (0, 5), (3, 0), (7, 2))
+
+
+@pytest.mark.parametrize(("group", "shares"), [("2", SHARES), ("4", SHARES), ("subgroup", SHARES[2:])])
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_is_that_of_all_rows(ranks: Any, group: str, shares: Any, iterations: int) -> None:
+    views = [[rows_of(count, 1 + rank) for count in counts] for rank, counts in enumerate(shares)]
+    views = views[: 4 if group == "4" else 2]
+    found = ranks.run(centers_on, group, views, iterations, 0.5)
+    for center, *parts in zip(found[0], *views):
+        exact = ops.sinkhorn_center(torch.cat(parts), iterations, 0.5)
+        torch.testing.assert_close(center, exact, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(center, found[0]) for center in found)
+    narrow = ranks.run(centers_on, group, [[x.float() for x in own] for own in views], iterations, 0.5)
+    torch.testing.assert_close(narrow[0].double(), found[0], rtol=1e-6, atol=2e-6)
+    assert all(torch.equal(center, narrow[0]) for center in narrow)
+
+
+def test_sinkhorn_of_hidden_and_far_scores(ranks: Any) -> None:
+    """A prototype that one rank hides, ranks whose scores are far from each other's; NaN and +inf spoil all ranks."""
+    first, second = rows_of(5), rows_of(4) + 40.0
+    first[:, 2], second[1, 3] = -torch.inf, -torch.inf
+    found = ranks.run(centers_on, "2", [[first], [second]], 3, 0.05)
+    exact = ops.sinkhorn_knopp(torch.cat([first, second]), 3, 0.05)
+    codes = torch.cat([codes_of(x, center[0], 0.05) for x, center in zip((first, second), found)])
+    torch.testing.assert_close(codes, exact, rtol=1e-10, atol=1e-12)
+    second[:, 2] = -torch.inf  # now nobody shows it
+    for bad in (-torch.inf, torch.nan, torch.inf):
+        second[0, 2] = bad
+        for x, center in zip((first, second), ranks.run(centers_on, "2", [[first], [second]], 3, 0.05)):
+            assert codes_of(x, center[0], 0.05).isnan().all()
+
+
+def dino_arguments(sizes: Any) -> list[tuple[Any, ...]]:
+    """Of each rank."""
+    views = [[rows_of(n, 1 + rank) for _ in range(5)] for rank, n in enumerate(sizes)]
+    return [(own[:2], own[1:]) for own in views]
+
+
+def ibot_arguments(sizes: Any, *, chosen: bool = False) -> list[tuple[Any, ...]]:
+    """Masked tokens of each rank, of which the last has none; `chosen`: with a center_mean."""
+    found = []
+    for rank, n in enumerate(sizes):
+        mask = torch.rand(n, 8) < (0.5 if rank < len(sizes) - 1 else 0.0)
+        count = int(mask.sum())
+        mean = (rows_of(1)[0],) if chosen else ()
+        found.append((rows_of(count, 1 + rank), rows_of(count), mask, *mean))
+    return found
+
+
+def together(arguments: list[tuple[Any, ...]], name: str) -> tuple[Any, ...]:
+    """What one process is given that has the rows of all ranks."""
+    if name.startswith("DINO"):
+        return tuple([torch.cat(views) for views in zip(*side)] for side in zip(*arguments))
+    teacher, student, mask, *mean = zip(*arguments)
+    images = torch.tensor([len(m) for m in mask], dtype=torch.float64)
+    means = [(torch.stack(x).T @ images) / images.sum() for x in mean]
+    return torch.cat(teacher), torch.cat(student), torch.cat(mask), *means
+
+
+MODULES = {
+    "DINO": (functools.partial(losses.DINOLoss, 9, center_mode="mean"), dino_arguments),
+    "DINO by Sinkhorn": (functools.partial(losses.DINOLoss, 9, center_mode="sinkhorn_knopp"), dino_arguments),
+    "iBOT": (functools.partial(losses.IBOTPatchLoss, 9), ibot_arguments),
+    "iBOT by Sinkhorn": (functools.partial(losses.IBOTPatchLoss, 9, center_mode="sinkhorn_knopp"), ibot_arguments),
+    "iBOT of all tokens": (functools.partial(WithMean, 9), functools.partial(ibot_arguments, chosen=True)),
+}
+
+
+@pytest.mark.parametrize("group", ["2", "3"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_over_steps(ranks: Any, name: str, group: str) -> None:
+    """The centre is the same on all ranks and that of one process, step by step."""
+    make, arguments = MODULES[name]
+    steps = [arguments(UNEVEN[: int(group)]) for _ in range(3)]
+    outcomes = ranks.run(module_steps, group, make, steps)
+    exact, center = module_steps(None, make, [[together(step, name)] for step in steps])
+    mean = torch.stack([torch.stack(found) for found, _ in outcomes]).mean(0)
+    torch.testing.assert_close(mean, torch.stack(exact), rtol=1e-10, atol=0)
+    for _, found in outcomes:
+        assert torch.equal(found, outcomes[0][1])
+        torch.testing.assert_close(found, center, rtol=1e-12, atol=1e-14)
+    assert center.any() == ("Sinkhorn" not in name)
+
+
+def test_dino_centre_is_lightlys(ranks: Any) -> None:
+    """Its rule on even batches: the ranks' means are summed and divided by their number."""
+    step = dino_arguments((4, 4))
+    outcomes = ranks.run(module_steps, "2", functools.partial(losses.DINOLoss, 9, center_momentum=0.8), [step])
+    own_means = [torch.stack(teacher).mean((0, 1)) for teacher, _ in step]
+    for _, center in outcomes:
+        torch.testing.assert_close(center.flatten(), 0.2 * (own_means[0] + own_means[1]) / 2)
+
+
+def test_no_rank_has_a_masked_token(ranks: Any) -> None:
+    """Nothing is learned, and the centre stays as the step before has left it."""
+    some = ibot_arguments((3, 2))
+    none = [(rows_of(0), rows_of(0), torch.zeros(n, 8, dtype=torch.bool)) for n in (3, 2)]
+    for mode in ("mean", "sinkhorn_knopp"):
+        make = functools.partial(losses.IBOTPatchLoss, 9, center_mode=mode)
+        before, after = (ranks.run(module_steps, "2", make, steps) for steps in ([some], [some, none]))
+        for (_, kept), (found, center) in zip(before, after):
+            assert torch.equal(center, kept) and found[1] == 0
+
+
+def test_koleo_reaches_a_neighbor_on_another_rank(ranks: Any) -> None:
+    """The only row of rank 0 has its neighbour on rank 1, which is pushed by it as in one process."""
+    x = torch.eye(9, dtype=torch.float64)[:6] + 0.01 * rows_of(6)
+    x[0] = x[2] + 0.1 * rows_of(1)[0]
+    x.requires_grad_()
+    loss = losses.koleo_loss(x)
+    loss.backward()
+    sizes = (1, 3, 2)
+    outcomes = ranks.run(koleo_on, "3", x.detach().split(sizes))
+    torch.testing.assert_close(torch.stack([value for value, _ in outcomes]).mean(), loss.detach())
+    assert x.grad is not None
+    for (_, grad), exact in zip(outcomes, x.grad.split(sizes)):
+        torch.testing.assert_close(grad / 3, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_koleo_of_equal_rows_on_different_ranks(ranks: Any) -> None:
+    """No direction leads them apart: a constant, and no gradient, as in one process."""
+    row = rows_of(1)
+    exact = losses.koleo_loss(row.expand(2, -1))
+    for value, grad in ranks.run(koleo_on, "2", [row, row.clone()]):
+        torch.testing.assert_close(value, exact)
+        assert not grad.any()
+
+
+def test_repr_names_the_group() -> None:
+    assert "process_group=world" in repr(losses.DINOLoss(9, process_group="world"))
+    assert "process_group=world" in repr(losses.SwaVLoss(sinkhorn_gather_distributed=True))
+    assert repr(losses.KoLeoLoss(process_group="world")) == "KoLeoLoss(p=2, eps=1e-08, process_group=world)"
