@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ from contract import Case
 from torch import Tensor, nn
 
 from sslkernels import losses
+from sslkernels.distributed import Group
 
 WIDTH = 6
 
@@ -34,7 +37,8 @@ class OneSet(TwoViews):
     """Features through an encoder, and their labels."""
 
     def forward(self, x: Tensor, *labels: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
-        return self.loss(self.encoder(x), *labels, temperature=self.temperature, **options)
+        learned = {} if self.temperature is None else {"temperature": self.temperature}
+        return self.loss(self.encoder(x), *labels, **learned, **options)
 
 
 class TwoTowers(nn.Module):
@@ -72,10 +76,6 @@ def weighted(n: int, generator: torch.Generator) -> Sequence[Tensor]:
     return *two_views(n, generator), torch.rand(n, generator=generator, dtype=torch.float64)
 
 
-def with_queue(n: int, generator: torch.Generator) -> Sequence[Tensor]:
-    return two_views(n, generator)
-
-
 def with_own_keys(n: int, generator: torch.Generator) -> Sequence[Tensor]:
     return *two_views(n, generator), torch.randn(n, 3, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -105,8 +105,11 @@ def ids_and_labels(n: int, generator: torch.Generator) -> Sequence[Tensor]:
     return torch.randperm(32, generator=generator)[:n], torch.arange(n) % 3
 
 
-def sample_weighted(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    return lambda a, b, weight, **rest: loss(a, b, sample_weight=weight, **options, **rest)
+def sample_weighted(loss: Callable[..., Tensor], learned: bool = False) -> Callable[..., Tensor]:
+    """With a weight of each sample that is given, or has a gradient."""
+    return lambda a, b, weight, **rest: loss(
+        a, b, sample_weight=weight * a[:, 0].sigmoid() if learned else weight, **rest
+    )
 
 
 def own_share(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -122,6 +125,29 @@ def own_share(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tens
 
 def with_stats(loss: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
     return lambda *args, **rest: loss(*args, **options, **rest, return_stats=True)[0]
+
+
+def strided(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first features by columns, the second every other column of a wider tensor."""
+
+    def call(a: Tensor, b: Tensor, *args: Any, **rest: Any) -> Tensor:
+        return loss(a.T.contiguous().T, torch.stack([b, b], 2)[:, :, 0], *args, **rest)
+
+    return call
+
+
+def autocast(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    def call(*args: Any, **rest: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(*args, **options, **rest)
+
+    return call
+
+
+def as_module(module: nn.Module) -> Callable[..., Tensor]:
+    """A loss that knows its group, as it comes back from a checkpoint or as the copy of another."""
+    module = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    return lambda *args, process_group=None, strategy=None, **rest: module(*args, **rest)
 
 
 def quadratic(a: Tensor, b: Tensor) -> Tensor:
@@ -144,6 +170,7 @@ nt_xent_weighted = Case(lambda: TwoViews(sample_weighted(losses.nt_xent), 0.3), 
 nt_xent_sum = Case(lambda: TwoViews(partial(losses.nt_xent, reduction="sum"), 0.3), two_views)
 nt_xent_rows = Case(lambda: TwoViews(own_share(losses.nt_xent), 0.3), two_views)
 nt_xent_stats = Case(lambda: TwoViews(with_stats(losses.nt_xent), 0.3), two_views)
+nt_xent_strided = Case(lambda: TwoViews(strided(losses.nt_xent), 0.3), two_views)
 nt_xent_table = Case(lambda: Table(partial(losses.nt_xent, temperature=0.5)), ids)
 
 dcl = Case(lambda: TwoViews(losses.dcl, 0.3), two_views)
@@ -156,14 +183,13 @@ info_nce = Case(lambda: TwoViews(losses.info_nce, 0.3), two_views)
 info_nce_raw = Case(lambda: TwoViews(partial(losses.info_nce, normalize=False), 3.0), two_views)
 info_nce_smooth = Case(lambda: TwoViews(partial(losses.info_nce, label_smoothing=0.2), 0.3), two_views)
 info_nce_hard = Case(lambda: TwoViews(partial(losses.info_nce, beta=0.5, tau_plus=0.05), 0.3), two_views)
-info_nce_weighted = Case(lambda: TwoViews(sample_weighted(losses.info_nce), 0.3), weighted)
+info_nce_weighted = Case(lambda: TwoViews(sample_weighted(losses.info_nce, learned=True), 0.3), weighted)
 info_nce_queue = Case(lambda: TwoViews(queue(losses.info_nce, label_smoothing=0.1), 0.3), two_views)
 info_nce_queue_and_batch = Case(
     lambda: TwoViews(queue(losses.info_nce, in_batch=True, tau_plus=0.05, beta=1.0), 0.3), two_views
 )
-info_nce_queue_weighted = Case(
-    lambda: TwoViews(lambda a, b, w, **rest: queue(losses.info_nce)(a, b, sample_weight=w, **rest), 0.3), weighted
-)
+info_nce_queue_weighted = Case(lambda: TwoViews(sample_weighted(queue(losses.info_nce)), 0.3), weighted)
+info_nce_strided = Case(lambda: TwoViews(strided(partial(losses.info_nce, normalize=False)), 3.0), two_views)
 info_nce_own = Case(lambda: TwoViews(losses.info_nce, 0.3), with_own_keys)
 info_nce_own_and_batch = Case(lambda: TwoViews(partial(losses.info_nce, in_batch=True), 0.3), with_own_keys)
 info_nce_rows = Case(lambda: TwoViews(own_share(losses.info_nce), 0.3), two_views)
@@ -173,6 +199,7 @@ info_nce_table = Case(lambda: Table(partial(losses.info_nce, temperature=0.5)), 
 clip_loss = Case(lambda: TwoTowers(losses.clip_loss), two_views)
 clip_smooth = Case(lambda: TwoTowers(partial(losses.clip_loss, label_smoothing=0.2)), two_views)
 clip_weighted = Case(lambda: TwoTowers(losses.clip_loss), weighted)
+clip_strided = Case(lambda: TwoTowers(strided(losses.clip_loss)), two_views)
 clip_rows = Case(lambda: TwoTowers(own_share(losses.clip_loss)), two_views)
 clip_stats = Case(lambda: TwoTowers(with_stats(losses.clip_loss, reduction="sum")), two_views)
 clip_table = Case(lambda: Table(partial(losses.clip_loss, logit_scale=0.5)), ids)
@@ -188,3 +215,18 @@ supcon_weighted = Case(
 supcon_rows = Case(lambda: OneSet(own_share(losses.supcon), 0.3), labelled)
 supcon_stats = Case(lambda: OneSet(with_stats(losses.supcon, reduction="sum"), 0.3), labelled)
 supcon_table = Case(lambda: Table(partial(losses.supcon, temperature=0.5), sets=1), ids_and_labels)
+
+nt_xent_autocast = Case(lambda: Table(autocast(losses.nt_xent, temperature=0.5)), ids)
+clip_autocast = Case(lambda: Table(autocast(losses.clip_loss, logit_scale=0.5)), ids)
+supcon_autocast = Case(lambda: Table(autocast(losses.supcon, temperature=0.5), sets=1), ids_and_labels)
+
+RING = Group("world", strategy="ring")
+nt_xent_module = Case(lambda: TwoViews(as_module(losses.NTXentLoss(0.3, 0, True))), two_views)
+dcl_module = Case(lambda: TwoViews(as_module(losses.DCLLoss(0.3, None, True))), two_views)
+dclw_module = Case(lambda: TwoViews(as_module(losses.DCLWLoss(0.3, 0.5, True))), two_views)
+info_nce_module = Case(
+    lambda: TwoViews(as_module(losses.InfoNCELoss(0.3, process_group="world", strategy="ring"))), two_views
+)
+clip_module = Case(lambda: TwoTowers(as_module(losses.ClipLoss(process_group=RING))), two_views)
+siglip_module = Case(lambda: TwoTowers(as_module(losses.SigLipLoss(process_group="world"))), two_views)
+supcon_module = Case(lambda: OneSet(as_module(losses.SupConLoss(0.3, process_group=RING))), labelled)

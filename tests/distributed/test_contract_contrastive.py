@@ -7,6 +7,7 @@ from contract import EVEN, STRATEGIES, UNEVEN, Setting, check
 
 NAMES = ["nt_xent", "dcl", "info_nce", "clip_loss", "supcon"]
 OPTIONS = [
+    *("nt_xent_strided", "info_nce_strided", "clip_strided"),
     *("nt_xent_smooth", "nt_xent_hard", "nt_xent_weighted", "nt_xent_sum", "nt_xent_rows", "nt_xent_stats"),
     *("dcl_weights", "dclw", "dcl_stats"),
     *("info_nce_raw", "info_nce_smooth", "info_nce_hard", "info_nce_weighted", "info_nce_rows", "info_nce_stats"),
@@ -39,6 +40,17 @@ def test_options(ranks, name, setting):
 @pytest.mark.parametrize("name", [f"{name.removesuffix('_loss')}_table" for name in NAMES])
 def test_features_of_16_bits(ranks, name):
     check(ranks, name, "3", Setting(UNEVEN, "ring", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "supcon"])
+def test_autocast(ranks, name):
+    check(ranks, f"{name}_autocast", "3", Setting(UNEVEN, "ring", dtype=torch.float32), 2e-2)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "dclw", "info_nce", "clip", "siglip", "supcon"])
+def test_modules_that_span_all_ranks(ranks, name):
+    """`gather_distributed=True`, "world" or a `Group` of it; looked up at the call, so that they copy and pickle."""
+    check(ranks, f"{name}_module", "4", Setting(UNEVEN))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "dclw"])

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank allocates while it computes a loss and its gradients, and what it finds alone in a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from sslkernels import losses
+
+ROWS, WIDTH = 160, 1024  # a kernel packs up to 512 rows at a time, and scores are to be less than features
+
+LOSSES: dict[str, Any] = {
+    "nt_xent": losses.nt_xent,
+    "dcl": losses.dcl,
+    "info_nce": losses.info_nce,
+    "clip_loss": lambda a, b, **options: losses.clip_loss(a, b, 0.1, **options),
+    "siglip_loss": lambda a, b, **options: losses.siglip_loss(a, b, 0.1, **options),
+    "supcon": lambda a, b, **options: losses.supcon(torch.stack([a, b], 1), torch.arange(ROWS) // 9, **options),
+}
+
+
+def largest_tensor(group: Any, name: str, strategy: str) -> float:
+    """Elements of the largest tensor that is made, in rows of the features."""
+    views = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        LOSSES[name](*views, process_group=group, strategy=strategy).backward()
+    events: Any = profiler.profiler
+    return max(e.nbytes() for e in events.kineto_results.events() if e.name() == "[memory]") / (4 * WIDTH)
+
+
+def group_of_one(group: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss on a group of this rank alone, and without a group."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    views = [torch.randn(ROWS, 3) for _ in range(2)]
+    return LOSSES[name](*views, process_group=groups[dist.get_rank()]), LOSSES[name](*views)
