@@ -171,6 +171,8 @@ def dcl(
         weight_fn: called with the two views' unit rows, returns the positives' weights (N,). Over several ranks it is
             called with the rows of all, in the order of the ranks, which are gathered for it whatever the strategy.
 
+    Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
+
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, stats).
 
