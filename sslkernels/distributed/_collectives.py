@@ -106,6 +106,30 @@ def start_sum(x: Tensor, group: str) -> Any:
         return Work(dist.all_reduce(x, group=pg, async_op=True), pg)
 
 
+# maximum
+
+
+def _all_max(x: Tensor, group: str) -> Tensor:
+    import torch.distributed as dist
+
+    out, pg = x.clone(memory_format=torch.contiguous_format), find(group)
+    with guard(pg):
+        dist.all_reduce(out, dist.ReduceOp.MAX, group=pg)
+    return out
+
+
+all_max = define(
+    "distributed_max(Tensor x, str group) -> Tensor",
+    reference=_all_max,
+    fake=lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format),
+    everywhere=True,
+)
+differentiable(
+    all_max,
+    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
+    backward=lambda ctx, grad: (None, None),
+)
+
 # rows of all ranks, and their sum returned to them
 
 

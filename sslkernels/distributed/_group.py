@@ -92,6 +92,10 @@ class Batch(NamedTuple):  # which a call makes at once: a frozen dataclass takes
         """x, computed alike on all ranks from sums without a gradient; its own is the sum of what the ranks have."""
         return x if self.local else collectives.shared(x, self.name)
 
+    def max(self, x: Tensor) -> Tensor:
+        """Maximum over the ranks, elementwise, of what has no gradient and no NaN that matters."""
+        return x if self.local else collectives.all_max(x, self.name)
+
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks below each other; the gradient returns summed, in float32 at least."""
         return x if self.local else collectives.gather_rows(x, self.sizes_of(x), self.world, self.name)
@@ -107,6 +111,10 @@ class Batch(NamedTuple):  # which a call makes at once: a frozen dataclass takes
         if self.local:
             return rows.mean(dim)
         return rows.sum(dim) * (self.world / self.total(rows))
+
+    def weigh(self, mean: Tensor) -> Tensor:
+        """What this rank returns for a mean over the rows of all ranks, from the mean over its own."""
+        return mean if self.sizes is None else mean * (self.rows * self.world / self.total(mean))
 
 
 def alone(x: Tensor) -> Batch:

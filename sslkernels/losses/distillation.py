@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
-from sslkernels.losses._distillation import Views, count_views, dino_loss, ibot_patch_loss, swav_loss
-from sslkernels.ops.distillation import sinkhorn_center
+from sslkernels.distributed import Batch
+from sslkernels.distributed.distillation import sinkhorn_centers
+from sslkernels.losses._distillation import Views, dino_loss, ibot_patch_loss
+from sslkernels.losses._module import shown_span, spanning
+from sslkernels.losses._swav import swav_loss
 
 __all__ = ["DINOLoss", "IBOTPatchLoss", "SwaVLoss", "dino_loss", "ibot_patch_loss", "swav_loss"]
 
@@ -39,12 +42,12 @@ class DINOLoss(nn.Module):
         center_momentum: of the centre.
         center_mode: "mean", or "sinkhorn_knopp": DINOv2's option, whose centre balances the prototypes over this
             batch's teacher rows of all views, in three iterations; the buffer then stays as it is.
+        process_group: as in `dino_loss`; the centre, of either mode, is then that of the rows of all ranks, and the
+            same on each.
 
     `forward(teacher_out, student_out, teacher_temp=None, epoch=None, *, weight=None, teacher_weight=None,
     inplace=False)` takes what `dino_loss` does; lightly's lists of (B, V) among it. With weight and "sinkhorn_knopp"
     the teacher's logits are stored, since each iteration reads them; the student's are not.
-
-    Unlike lightly's, the centre is that of the own process: nothing is reduced over processes.
 
     Example:
         >>> loss_fn = DINOLoss(output_dim=32)
@@ -64,8 +67,11 @@ class DINOLoss(nn.Module):
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         center_mode: str = "mean",
+        *,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
+        self.process_group = process_group
         _check_options(output_dim, center_mode, center_momentum, teacher_temp=teacher_temp, student_temp=student_temp)
         check.positive("warmup_teacher_temp", warmup_teacher_temp)
         check.integer("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
@@ -87,15 +93,18 @@ class DINOLoss(nn.Module):
     ) -> Tensor:
         temperature = self.temperature(epoch) if teacher_temp is None else teacher_temp
         call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "inplace": inplace}
-        call["student_temp"] = self.student_temp
+        call.update(student_temp=self.student_temp, process_group=self.process_group)
         if self.center_mode == "mean":
             loss, mean = dino_loss(teacher_out, student_out, self.center, temperature, return_center=True, **call)
             _move(self.center, mean, self.center_momentum)
             return loss
-        count_views("teacher_out", teacher_out)
-        views = [teacher_out] if isinstance(teacher_out, Tensor) else list(teacher_out)
-        rows = [x.flatten(0, -2) for x in views]
-        center = _balanced(rows[0] if len(rows) == 1 else torch.cat(rows), temperature, weight, teacher_weight)
+
+        def center(batch: Batch) -> Tensor | None:
+            views = [teacher_out] if isinstance(teacher_out, Tensor) else list(teacher_out)
+            rows = [x.flatten(0, -2) for x in views]
+            together = rows[0] if len(rows) == 1 else torch.cat(rows)
+            return _balanced(batch, together, temperature, weight, teacher_weight)
+
         return dino_loss(teacher_out, student_out, center, temperature, **call)
 
     def temperature(self, epoch: int | None) -> float:
@@ -125,13 +134,15 @@ class IBOTPatchLoss(nn.Module):
 
     The centre of this batch's loss is the one from before it, then it moves as in `DINOLoss`, by the mean of the given
     masked tokens: DINOv2's and lightly's rule. iBOT's own takes all patch tokens of the teacher, masked or not: give
-    their mean logits as `center_mean`. A batch without a masked token has a loss of 0 and leaves the centre as it is.
+    their mean logits as `center_mean`. A batch without a masked token has a loss of 0 and leaves the centre as it is;
+    so has a rank without one its part in the exchanges.
 
     Args:
         output_dim: V, the number of prototypes.
         teacher_temp, student_temp: temperatures.
         center_mode: "mean", or "sinkhorn_knopp" over the masked tokens, as in `DINOLoss`.
         center_momentum: of the centre.
+        process_group: as in `DINOLoss`.
 
     `forward(teacher_out, student_out, mask, teacher_temp=None, *, weight=None, teacher_weight=None, center_mean=None,
     inplace=False)`.
@@ -149,8 +160,11 @@ class IBOTPatchLoss(nn.Module):
         student_temp: float = 0.1,
         center_mode: str = "mean",
         center_momentum: float = 0.9,
+        *,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
+        self.process_group = process_group
         _check_options(output_dim, center_mode, center_momentum, teacher_temp=teacher_temp, student_temp=student_temp)
         self.teacher_temp, self.student_temp = teacher_temp, student_temp
         self.center_momentum, self.center_mode = center_momentum, center_mode
@@ -170,20 +184,18 @@ class IBOTPatchLoss(nn.Module):
     ) -> Tensor:
         temperature, center = self.teacher_temp if teacher_temp is None else teacher_temp, self.center.center
         call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "inplace": inplace}
-        call["student_temp"] = self.student_temp
+        call.update(student_temp=self.student_temp, process_group=self.process_group)
         if self.center_mode == "sinkhorn_knopp":
             if center_mean is not None:
                 raise ValueError("center_mean must not be given with center_mode='sinkhorn_knopp'")
-            check.floating("teacher_out", teacher_out)
-            if teacher_out.shape[0]:
-                center = _balanced(teacher_out, temperature, weight, teacher_weight)
-            return ibot_patch_loss(teacher_out, student_out, mask, center, temperature, **call)
-        loss, mean = ibot_patch_loss(teacher_out, student_out, mask, center, temperature, return_center=True, **call)
-        if center_mean is not None:
-            check.vector("center_mean", center_mean, center.shape[-1], center, check.FLOATS)
-            mean = center_mean.detach()
-        if teacher_out.shape[0] or center_mean is not None:
-            _move(center, mean, self.center_momentum)
+
+            def balanced(batch: Batch) -> Tensor | None:
+                return _balanced(batch, teacher_out, temperature, weight, teacher_weight)
+
+            return ibot_patch_loss(teacher_out, student_out, mask, balanced, temperature, **call)
+        call.update(return_center=True, center_mean=center_mean)
+        loss, mean = ibot_patch_loss(teacher_out, student_out, mask, center, temperature, **call)
+        _move(center, mean, self.center_momentum)
         return loss
 
     def extra_repr(self) -> str:
@@ -197,7 +209,8 @@ class SwaVLoss(nn.Module):
     Args:
         temperature: of the predictions.
         sinkhorn_iterations, sinkhorn_epsilon: of the codes, as in `sinkhorn_knopp`.
-        sinkhorn_gather_distributed: must be False.
+        sinkhorn_gather_distributed: True is process_group="world", as lightly's.
+        process_group: as in `swav_loss`.
 
     Example:
         >>> high = [torch.randn(4, 32, requires_grad=True) for _ in range(2)]
@@ -210,15 +223,14 @@ class SwaVLoss(nn.Module):
         sinkhorn_iterations: int = 3,
         sinkhorn_epsilon: float = 0.05,
         sinkhorn_gather_distributed: bool = False,
+        *,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         check.positive("temperature", temperature)
         check.integer("sinkhorn_iterations", sinkhorn_iterations, 1)
         check.positive("sinkhorn_epsilon", sinkhorn_epsilon)
-        if sinkhorn_gather_distributed:
-            raise NotImplementedError(
-                "sinkhorn_gather_distributed=True is not supported: codes balance the samples of the own process"
-            )
+        self.process_group = spanning(sinkhorn_gather_distributed, process_group, None)["process_group"]
         self.temperature = temperature
         self.sinkhorn_iterations, self.sinkhorn_epsilon = sinkhorn_iterations, sinkhorn_epsilon
 
@@ -229,7 +241,8 @@ class SwaVLoss(nn.Module):
         queue_outputs: Sequence[Tensor] | None = None,
     ) -> Tensor:
         options = (self.temperature, self.sinkhorn_iterations, self.sinkhorn_epsilon)
-        return swav_loss(high_resolution_outputs, low_resolution_outputs, queue_outputs, *options)
+        outputs = high_resolution_outputs, low_resolution_outputs, queue_outputs
+        return swav_loss(*outputs, *options, process_group=self.process_group)
 
     def extra_repr(self) -> str:
         return _shown(self, None, "temperature", "sinkhorn_iterations", "sinkhorn_epsilon")
@@ -241,11 +254,15 @@ def _move(center: Tensor, mean: Tensor, momentum: float) -> None:
 
 
 @torch.no_grad()
-def _balanced(rows: Tensor, temperature: float, weight: Tensor | None, teacher_weight: Tensor | None) -> Tensor:
-    """The centre of DINOv2's Sinkhorn over the teacher's rows, logits or hidden."""
+def _balanced(
+    batch: Batch, rows: Tensor, temperature: float, weight: Tensor | None, teacher_weight: Tensor | None
+) -> Tensor | None:
+    """The centre of DINOv2's Sinkhorn over the teacher's rows, logits or hidden; none where there are no rows."""
+    if batch.local and not rows.shape[0]:
+        return None
     prototypes = weight if teacher_weight is None else teacher_weight
     logits = rows if prototypes is None else nn.functional.linear(rows, prototypes)
-    return sinkhorn_center(logits, 3, temperature)
+    return sinkhorn_centers(batch, [logits], 3, temperature)
 
 
 def _check_options(output_dim: int, center_mode: str, center_momentum: float, **temperatures: float) -> None:
@@ -258,4 +275,6 @@ def _check_options(output_dim: int, center_mode: str, center_momentum: float, **
 
 def _shown(module: nn.Module, output_dim: int | None, *names: str) -> str:
     shown = {} if output_dim is None else {"output_dim": output_dim}
-    return ", ".join(f"{name}={x}" for name, x in {**shown, **{name: getattr(module, name) for name in names}}.items())
+    shown.update({name: getattr(module, name) for name in names})
+    span = shown_span({"process_group": module.process_group, "strategy": None})
+    return ", ".join([*(f"{name}={x}" for name, x in shown.items()), *span])

@@ -498,10 +498,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "sinkhorn_iterations must be at least 1",
     ),
-    "gathering": (
-        lambda: SwaVLoss(sinkhorn_gather_distributed=True),
-        NotImplementedError,
-        "sinkhorn_gather_distributed=True is not supported",
+    "half a group": (
+        lambda: SwaVLoss(process_group="half")([ROWS, ROWS]),
+        ValueError,
+        "process_group must be a ProcessGroup, 'world' or None, got 'half'",
     ),
 }
 
