@@ -82,7 +82,7 @@ class Batch(NamedTuple):  # which a call makes at once: a frozen dataclass takes
 
     def sizes_of(self, x: Tensor) -> Tensor | None:
         """The rows of x on each rank, where it has a multiple of the batch's: two views stacked, say."""
-        return None if self.sizes is None else self.sizes * (x.shape[0] // self.rows)
+        return None if self.sizes is None else self.sizes * (x.shape[0] // self.rows if self.rows else 1)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, elementwise; the gradient is that of the sum of all ranks' losses."""

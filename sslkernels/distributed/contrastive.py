@@ -78,16 +78,13 @@ def self_similarity_logsumexp(
 def sharded_logsumexp(
     batch: Batch, q: Tensor, shard: Tensor, scale: Tensor | float = 1.0, *, return_max: bool = False
 ) -> Any:
-    """Row log-sum-exps over the keys that all ranks hold, each its shard, which get no gradient: the queries travel.
+    """The rows of `similarity_logsumexp` over frozen keys of which each rank holds a shard: the queries travel.
 
-    Neither the shards nor a part of them are kept for backward, which exchanges nothing.
+    No part of the shards is kept for backward, which exchanges nothing.
     """
-    if batch.local:
-        row, _, *top = ops.similarity_logsumexp(q, shard.detach(), scale, columns=False, return_max=return_max)
-        return (row, *top) if return_max else row
     q, shard = cast_features(q, shard)
     row, top, _ = shard_attention(q, shard, *_split(scale), *_way(batch, q))
-    return (row, top) if return_max else row
+    return (row, None, top) if return_max else (row, None)
 
 
 def similarity_softplus(

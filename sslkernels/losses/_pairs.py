@@ -39,6 +39,7 @@ def info_nce(
     return_stats: bool = False,
     process_group: Any = None,
     strategy: str | None = None,
+    sharded_negatives: bool = False,
 ) -> Any:
     """InfoNCE, one direction: each query finds its key.
 
@@ -70,6 +71,8 @@ def info_nce(
         return_stats: also return detached `top1`, `positive` and `hardest_negative` (logits) of the own rows.
         process_group, strategy: as in `distributed.Group`; the other rows of positive_key are then those of all ranks.
             negative_keys (M, D) must be the same on all, as those of a queue that each fills with the keys of all.
+        sharded_negatives: negative_keys (M, D), without gradient, are this rank's shard: those of all ranks together
+            are every query's negatives. The queries travel to the shards, and backward exchanges nothing.
 
     Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
@@ -86,13 +89,13 @@ def info_nce(
     """
     common.check_pair(sample_weight, query=query, positive_key=positive_key)
     common.check_options(reduction, label_smoothing, beta, tau_plus)
-    _check_negatives(query, negative_keys)
+    _check_negatives(query, negative_keys, sharded_negatives)
     in_batch = in_batch or negative_keys is None
     batch = distributed.batch(
         *(process_group, strategy, "info_nce"),
         query=query, positive_key=positive_key, negative_keys=negative_keys, temperature=temperature,
         sample_weight=sample_weight, in_batch=in_batch, normalize=normalize, reduction=reduction,
-        label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus,
+        label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus, sharded_negatives=sharded_negatives,
     )  # fmt: skip
     scale = common.inverse(temperature, query)
     features = [x for x in (query, positive_key, negative_keys) if x is not None]
@@ -100,18 +103,23 @@ def info_nce(
         features = [common.normalize(x) for x in features]
     q, k, *rest = cast_features(*features)
     positive = common.row_dot(q, k) * scale
-    count = (batch.total(positive) - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2])
+    sharded = sharded_negatives and not batch.local
+    holders = batch if sharded else distributed.alone(q)  # of the negative keys
+    given: Any = 0 if negative_keys is None else negative_keys.shape[-2]
+    if sharded and (label_smoothing or beta or tau_plus):
+        given = batch.sum(positive.new_full((), given))
+    count = given + (batch.total(positive) - 1 if in_batch else 0)
     if batch.local and not count and (beta or tau_plus):
         raise ValueError(f"query must have at least two samples for beta or tau_plus, got shape {tuple(query.shape)}")
 
-    at_hand = batch.local if not rest else rest[0].ndim == 2 and not in_batch  # all negatives are, and shared
+    at_hand = batch.local if not rest else rest[0].ndim == 2 and not (in_batch or sharded)  # and shared
     if at_hand and common.one_sweep(reduction, sample_weight) and not (beta or tau_plus):
         weight = common.row_weight(positive, reduction, sample_weight, batch)
         keys, pairs = (rest[0], ALL) if rest else (k, OTHERS)
         loss, _, top = ops.similarity_cross_entropy(q, keys, positive, scale, weight=weight, exclude=pairs)
     else:
         parts = [_log_sum(batch, q, k, scale, OTHERS, beta)] if in_batch else []
-        parts += [_log_sum(distributed.alone(q), q, x, scale, ALL, beta) for x in rest]
+        parts += [_log_sum(holders, q, x, scale, ALL, beta, sharded) for x in rest]
         lse, top = parts[0]
         for lse_part, top_part in parts[1:]:
             lse, top = torch.logaddexp(lse, lse_part), torch.maximum(top, top_part)
@@ -120,14 +128,16 @@ def info_nce(
     if label_smoothing:
         total = batch.sum(common.wide(k).sum(0)) if in_batch else 0.0
         for x in rest:
-            total = total + common.wide(x).sum(-2)
+            total = total + holders.sum(common.wide(x).sum(-2))
         candidates = (q * total).sum(-1) * scale + (0.0 if in_batch else positive)
         excess = positive - candidates / (count + 1)
         loss = loss + label_smoothing * common.reduce(excess, reduction, sample_weight, batch)
     return (loss, common.statistics(positive, top)) if return_stats else loss
 
 
-def _check_negatives(query: Tensor, negative_keys: Tensor | None) -> None:
+def _check_negatives(query: Tensor, negative_keys: Tensor | None, sharded: bool) -> None:
+    if sharded and (negative_keys is None or negative_keys.ndim != 2 or negative_keys.requires_grad):
+        raise ValueError(f"sharded_negatives needs negative_keys (M, D) without gradient, got {_told(negative_keys)}")
     if negative_keys is None:
         return
     check.tensor("negative_keys", negative_keys)
@@ -142,8 +152,12 @@ def _check_negatives(query: Tensor, negative_keys: Tensor | None) -> None:
         raise ValueError(f"negative_keys must not be empty, got shape {tuple(negative_keys.shape)}")
 
 
+def _told(x: Tensor | None) -> str:
+    return "none" if x is None else f"shape {tuple(x.shape)}{', requires_grad' * x.requires_grad}"
+
+
 def _log_sum(
-    batch: Batch, q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: float
+    batch: Batch, q: Tensor, k: Tensor, scale: Tensor | float, pairs: Exclude, beta: float, sharded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each query's negatives, (N,), or (2, N) at scales 1 + beta and beta; and the largest logit."""
     multipliers = (1.0 + beta, beta) if beta else (1.0,)
@@ -154,13 +168,18 @@ def _log_sum(
         with torch.no_grad():
             top = (torch.einsum("nd,nmd->nm", common.wide(q), common.wide(k)) * scale).amax(1)
         return (torch.stack(lse) if beta else lse[0]), top
-    sweep = partial(spread.similarity_logsumexp, batch, q, k, exclude=pairs, columns=False)
+    sweep = (
+        partial(spread.sharded_logsumexp, batch, q, k)
+        if sharded
+        else partial(spread.similarity_logsumexp, batch, q, k, exclude=pairs, columns=False)
+    )
     if beta and not k.requires_grad:
         # one sweep for each scale instead of one for both, as only that form keeps no keys for backward
         hard, _, top = sweep(scale=scale * (1.0 + beta), return_max=True)
         soft, _ = sweep(scale=scale * beta)
         return torch.stack([hard, soft]), top / (1.0 + beta)
-    lse, _, top = sweep(scale=scale, scales=multipliers if beta else None, return_max=True)
+    together = {"scales": multipliers} if beta else {}
+    lse, _, top = sweep(scale=scale, return_max=True, **together)
     return lse, top
 
 

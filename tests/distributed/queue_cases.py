@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks do with memory queues, for `test_queue.py`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sslkernels.distributed import _collectives as collectives
+from sslkernels import losses
+from sslkernels.losses import MemoryQueue
+
+DIM = 4
+
+
+def keys_of(sizes: Sequence[int], step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What each rank enqueues in a step."""
+    generator = torch.Generator().manual_seed(step)
+    return list(torch.randn(sum(sizes), DIM, generator=generator, dtype=dtype).split(list(sizes)))
+
+
+def queue_state(queue: MemoryQueue) -> tuple[Tensor, int]:
+    return queue.keys.clone(), int(queue.pointer)
+
+
+def _compiled(queue: MemoryQueue) -> Any:
+    torch.compiler.reset()  # a rank that has compiled more often than others must not be the only one at a limit
+    return torch.compile(queue, backend="aot_eager", fullgraph=True)
+
+
+def enqueued(group: Any, size: int, dtype: torch.dtype, steps: Any, compiled: bool) -> list[tuple[Tensor, int]]:
+    """The replicated queue at first and after each step."""
+    torch.manual_seed(dist.get_rank())
+    queue = MemoryQueue(size, DIM, dtype, process_group=group)
+    call = _compiled(queue) if compiled else queue
+    states = [queue_state(queue)]
+    for step, sizes in enumerate(steps):
+        call(keys_of(sizes, step, torch.float64)[dist.get_rank(group)])
+        states.append(queue_state(queue))
+    return states
+
+
+def shards(group: Any, size: int, steps: Any, compiled: bool) -> list[tuple[Tensor, int]]:
+    """A rank's shard at first and after each step, with a collective an error."""
+    rank, find = dist.get_rank(group), collectives.find
+    queue = MemoryQueue(size, DIM, process_group=group, sharded=True)
+    call = _compiled(queue) if compiled else queue
+    states = [queue_state(queue)]
+    collectives.find = None  # type: ignore[assignment]
+    try:
+        for step, sizes in enumerate(steps):
+            call(keys_of(sizes, step)[rank])
+            states.append(queue_state(queue))
+    finally:
+        collectives.find = find
+    return states
+
+
+class Model(nn.Module):
+    def __init__(self, queue: MemoryQueue) -> None:
+        super().__init__()
+        self.layer, self.queue = nn.Linear(DIM, DIM), queue
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def shard_in_a_module(group: Any) -> dict[str, Any]:
+    """What becomes of a shard in a module that is trained, saved, loaded, copied and moved."""
+    rank = dist.get_rank(group)
+    queue = MemoryQueue(8, DIM, process_group=group, sharded=True)
+    expected = queue.keys.clone()
+    expected[:2] = torch.tensor([[2.0], [3.0]]) + rank
+    queue(torch.full((1, DIM), 2.0 + rank))
+    model = DistributedDataParallel(Model(queue), process_group=group)
+    queue(torch.full((1, DIM), 3.0 + rank))
+    for _ in range(2):
+        model(torch.ones(1, DIM)).sum().backward()
+    others = [MemoryQueue(8, DIM, process_group=group, sharded=True) for _ in range(2)]
+    state = Model(queue).state_dict()
+    for other, assign in zip(others, (False, True)):
+        Model(other).load_state_dict(state, assign=assign)
+    alone = MemoryQueue(4, DIM, sharded=True)
+    alone.keys.copy_(expected)  # a process group cannot be copied
+    return {
+        "kept": torch.equal(queue.keys, expected),
+        "saved": sorted(state),
+        "loaded": [torch.equal(other.keys, expected) and int(other.pointer) == 2 for other in others],
+        "buffers": sum(len(list(x.buffers())) for x in (queue, *others)),
+        "copied": torch.equal(copy.deepcopy(alone).keys, expected),
+        "repr": repr(queue) if rank == 0 else "",
+        "moved": [queue.half().keys.dtype, queue.pointer.dtype],
+    }
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(DIM, DIM)
+        self.temperature = nn.Parameter(torch.tensor(0.3))
+
+
+def training(
+    group: Any, sharded: bool, strategy: str, options: dict[str, Any], size: int, sizes: Sequence[int], world: int
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of each of five steps; each enqueues between forward and backward. group None: one process."""
+    torch.manual_seed(0)
+    model = Encoder().double()
+    queue = MemoryQueue(size, DIM, torch.float64, process_group=group, sharded=sharded)
+    first = F.normalize(torch.randn(size, DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64), dim=1)
+    if sharded:  # so that the shards give way to the same keys as the whole
+        first = first.view(-1, world, sizes[0], DIM)[:, dist.get_rank(group)].flatten(0, 1)
+    queue.keys.copy_(first)
+    outcomes = []
+    for step in range(5):
+        model.zero_grad()
+        a, b = (keys_of(sizes, 100 * step + view, torch.float64) for view in (0, 1))
+        mine = slice(None) if group is None else slice(dist.get_rank(group), dist.get_rank(group) + 1)
+        query = F.normalize(model.layer(torch.cat(a[mine])), dim=1)
+        key = F.normalize(torch.cat(b[mine]), dim=1)
+        span = {} if group is None else {"process_group": group, "strategy": strategy, "sharded_negatives": sharded}
+        loss = losses.info_nce(query, key, queue.keys, model.temperature, normalize=False, **options, **span)
+        queue(key)
+        loss.backward()
+        outcomes.append((loss.detach(), {name: average(p.grad, group) for name, p in model.named_parameters()}))
+    return outcomes
+
+
+def average(grad: Tensor, group: Any) -> Tensor:
+    grad = grad.clone()
+    if group is not None:
+        dist.all_reduce(grad, group=group)
+        grad /= dist.get_world_size(group)
+    return grad

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory queues over several ranks: the same on all, or a shard on each."""
+
+from __future__ import annotations
+
+import pytest
+import queue_cases as cases
+import torch
+from contract import STRATEGIES
+from ranks import GROUPS, RankError
+
+from sslkernels.losses import MemoryQueue
+
+STEPS = [(2, 2, 2, 2), (3, 1, 2, 5), (0, 4, 1, 0), (7, 1, 9, 3), (0, 0, 0, 0), (1, 0, 0, 2)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("group", "dtype"), [("2", torch.float32), ("4", torch.bfloat16), ("subgroup", torch.float64)])
+def test_all_ranks_hold_what_one_process_would(ranks, group, dtype, compiled):
+    steps = [sizes[: len(GROUPS[group])] for sizes in STEPS]
+    found = ranks.run(cases.enqueued, group, 10, dtype, steps, compiled)
+    alone = MemoryQueue(10, cases.DIM, dtype)
+    alone.keys.copy_(found[0][0][0])
+    states = [cases.queue_state(alone)]
+    for step, sizes in enumerate(steps):
+        alone(torch.cat(cases.keys_of(sizes, step, torch.float64)))
+        states.append(cases.queue_state(alone))
+    for of_rank in found:
+        for (keys, pointer), (expected, place) in zip(of_rank, states, strict=True):
+            assert torch.equal(keys, expected)
+            assert pointer == place
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_shard_takes_the_own_keys_without_an_exchange(ranks, compiled):
+    steps = [sizes[:3] for sizes in STEPS]
+    found = ranks.run(cases.shards, "3", 12, steps, compiled)
+    for rank, states in enumerate(found):
+        alone = MemoryQueue(4, cases.DIM)
+        alone.keys.copy_(states[0][0])
+        for step, sizes in enumerate(steps):
+            alone(cases.keys_of(sizes, step)[rank])
+            assert torch.equal(states[step + 1][0], alone.keys)
+            assert states[step + 1][1] == int(alone.pointer)
+    assert not torch.equal(found[0][0][0], found[1][0][0])  # first rows of their own
+
+
+def test_a_shard_outlives_training_saving_and_loading(ranks):
+    # as a buffer it would be rank 0's after DistributedDataParallel's first forward
+    for found in ranks.run(cases.shard_in_a_module, "2"):
+        name = found.pop("repr")
+        assert not name or name.endswith("process_group=2, sharded=True)") or "sharded=True" in name
+        assert found == {
+            "kept": True,
+            "saved": ["layer.bias", "layer.weight", "queue.keys", "queue.pointer"],
+            "loaded": [True, True],
+            "buffers": 0,
+            "copied": True,
+            "moved": [torch.float16, torch.int64],
+        }
+
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "smoothed": {"label_smoothing": 0.1},
+    "hard, debiased": {"beta": 0.5, "tau_plus": 0.1},
+    "with the batch": {"in_batch": True},
+    "with the batch, smoothed": {"in_batch": True, "label_smoothing": 0.1},
+}
+
+
+def same(found, exact):
+    for step, (loss, gradients) in enumerate(exact):
+        value = torch.stack([of_rank[step][0] for of_rank in found]).mean()
+        assert abs(value - loss) <= 1e-10 * abs(loss), f"step {step}"
+        for of_rank in found:
+            for name, gradient in gradients.items():
+                error = (of_rank[step][1][name] - gradient).norm() / gradient.norm()
+                assert error <= 1e-10, f"step {step}: {name} is wrong by {error:.1e}"
+
+
+@pytest.mark.parametrize("group", ["2", "3", "4"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_shards_are_as_good_as_the_whole(ranks, name, strategy, group):
+    world = len(GROUPS[group])
+    call = (strategy, OPTIONS[name], 6 * world, (2,) * world, world)
+    same(ranks.run(cases.training, group, True, *call), cases.training(None, False, *call))
+
+
+@pytest.mark.parametrize("options", [{}, {"in_batch": True}], ids=["queue", "with the batch"])
+def test_a_replicated_queue_takes_uneven_batches(ranks, options):
+    call = ("ring", options, 12, (3, 1, 2), 3)
+    same(ranks.run(cases.training, "3", False, *call), cases.training(None, False, *call))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_queue_of_one_process_in_the_default_group(sharded):
+    queue = MemoryQueue(6, 3, process_group="world", sharded=sharded)
+    queue(torch.ones(2, 3))
+    assert queue.keys.shape == (6, 3)
+    assert int(queue.pointer) == 2
+
+
+def test_sizes_that_cannot_be_shared(ranks):
+    with pytest.raises(RankError, match="size must be a multiple of the 3 ranks that share the queue, got 10"):
+        ranks.run(cases.shards, "3", 10, [], False)
