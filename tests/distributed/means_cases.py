@@ -7,6 +7,7 @@ Of the rows UNHEARD nothing counts: with the sizes UNEVEN they are all that rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -232,3 +233,43 @@ def tokens(step: int, rank: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(10 * step + rank)
     hidden = torch.randn(2, lengths[rank], WIDTH, generator=generator, dtype=torch.float64)
     return hidden, weight, torch.randint(CLASSES, (2, lengths[rank]), generator=generator)
+
+
+def modules_and_functions(group: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each module that holds a group, and its function with it, of a rank's own rows."""
+    rank, generator = dist.get_rank(group), torch.Generator().manual_seed(dist.get_rank(group))
+    x, labels, mask = frames(3 + rank, generator)
+    y, weight = _frames(3 + rank, generator), tokens(0, 0, (1,))[1]
+    two = x[:, 0, :2], labels[:, 0].clamp(max=1)
+    cpc_module = losses.CPCLoss(WIDTH, WIDTH, 2, process_group=group, strategy="ring").double()
+    cpc_module.predictors.data.fill_(0.3)
+    span = {"process_group": group}
+    cosine_function = partial(losses.negative_cosine_similarity, dim=2)
+    cpc_function = partial(losses.cpc_loss, predictors=cpc_module.predictors)
+    calls = {
+        "byol": (losses.BYOLLoss(**span), losses.byol_loss, (x, y)),
+        "cosine": (losses.NegativeCosineSimilarity(2, **span), cosine_function, (x, y)),
+        "masked_lm": (losses.MaskedLMLoss(**span), losses.masked_lm_loss, (x, weight, labels)),
+        "causal_lm": (losses.CausalLMLoss(**span), losses.causal_lm_loss, (x, weight, labels)),
+        "next_sentence": (losses.NextSentenceLoss(**span), losses.next_sentence_loss, two),
+        "hubert": (losses.HuBERTLoss(**span), losses.hubert_loss, (x, weight, labels, mask)),
+        "cpc": (cpc_module, cpc_function, (x, y)),
+    }
+    return {
+        name: (module(*brought).detach(), function(*brought, **span).detach())
+        for name, (module, function, brought) in calls.items()
+    }
+
+
+def wrong_on_one_rank(group: Any, name: str) -> str:
+    """The error of each rank."""
+    wrong = dist.get_rank(group) == 1
+    x, labels, _ = frames(4, torch.Generator().manual_seed(0))
+    try:
+        if name == "masked_lm":
+            losses.masked_lm_loss(x, x[0], labels + CLASSES if wrong else labels.clamp(max=3), process_group=group)
+        else:
+            losses.MaskedRegressionLoss(process_group=group)(x, x[:, : 3 if wrong else None])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

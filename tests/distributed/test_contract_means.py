@@ -85,3 +85,15 @@ def test_lengths_that_change_on_one_rank(ranks, check):
         parts = [means_cases.tokens(step, rank, lengths) for rank in range(2)]
         hidden, labels = (torch.cat([part[i].flatten(0, 1) for part in parts]) for i in (0, 2))
         torch.testing.assert_close(torch.stack(values).mean(), masked_lm_loss(hidden, parts[0][1], labels))
+
+
+def test_a_module_hands_its_group_on(ranks):
+    for found in ranks.run(means_cases.modules_and_functions, "2"):
+        for module, function in found.values():
+            torch.testing.assert_close(module, function, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "masked_regression"])
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, name):
+    other, own = ranks.run(means_cases.wrong_on_one_rank, "2", name)
+    assert own.startswith("ValueError") and "rank 1 raised ValueError" in other
