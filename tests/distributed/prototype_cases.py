@@ -152,11 +152,15 @@ class WithMean(losses.IBOTPatchLoss):
         return super().forward(teacher, student, mask, center_mean=mean[0] if mean else None, **options)
 
 
-def module_steps(group: Any, make: Callable[..., nn.Module], steps: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
+def module_steps(
+    group: Any, make: Callable[..., nn.Module], steps: Sequence[Any], compiled: bool = False
+) -> tuple[list[Tensor], Tensor]:
     """The losses of a module over several steps, which are lists of arguments by rank, and its centre after them."""
     rank = 0 if group is None else torch.distributed.get_rank(group)
     module = make(process_group=group).double()
-    found = [module(*arguments[rank]) for arguments in steps]
+    torch.compiler.reset()
+    call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    found = [call(*arguments[rank]) for arguments in steps]
     return found, dict(module.named_buffers()).popitem()[1]
 
 

@@ -129,13 +129,16 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("group", ["2", "3"])
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_over_steps(ranks: Any, name: str, group: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "group", "compiled"),
+    [(name, group, False) for name in MODULES for group in "23"]
+    + [("DINO by Sinkhorn", "2", True), ("iBOT", "2", True)],
+)
+def test_modules_over_steps(ranks: Any, name: str, group: str, compiled: bool) -> None:
     """The centre is the same on all ranks and that of one process, step by step."""
     make, arguments = MODULES[name]
     steps = [arguments(UNEVEN[: int(group)]) for _ in range(3)]
-    outcomes = ranks.run(module_steps, group, make, steps)
+    outcomes = ranks.run(module_steps, group, make, steps, compiled)
     exact, center = module_steps(None, make, [[together(step, name)] for step in steps])
     mean = torch.stack([torch.stack(found) for found, _ in outcomes]).mean(0)
     torch.testing.assert_close(mean, torch.stack(exact), rtol=1e-10, atol=0)
