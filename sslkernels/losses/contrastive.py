@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels import _checks as check
+from sslkernels import distributed
 from sslkernels.losses import _common as common
 from sslkernels.losses._cpc import CPCLoss, cpc_loss
 from sslkernels.losses._module import ImageTextLoss, Loss, spanning
@@ -73,7 +74,8 @@ class NTXentLoss(Loss):
             is enqueued after the loss if out0 requires a gradient. A plain size takes dim from the first batch.
         gather_distributed: True is process_group="world", as lightly's.
         reduction, label_smoothing, beta, tau_plus, process_group, strategy: as in `nt_xent`; with a memory bank as in
-            `info_nce`.
+            `info_nce`: every rank enqueues the keys of all.
+        shard_memory_bank: each rank holds a part of the bank instead and enqueues its own keys; as in `MemoryQueue`.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.1)
@@ -94,6 +96,7 @@ class NTXentLoss(Loss):
         tau_plus: float = 0.0,
         process_group: Any = None,
         strategy: str | None = None,
+        shard_memory_bank: bool = False,
     ) -> None:
         super().__init__(
             temperature, reduction=reduction, label_smoothing=label_smoothing, beta=beta, tau_plus=tau_plus
@@ -102,10 +105,14 @@ class NTXentLoss(Loss):
         size, *dim = (memory_bank_size,) if isinstance(memory_bank_size, int) else memory_bank_size
         if size < 0 or len(dim) > 1:
             raise ValueError(f"memory_bank_size must be a size or (size, dim), not negative, got {memory_bank_size}")
-        self.bank_size = size
-        self.memory_bank = MemoryQueue(size, dim[0]) if size and dim else None
+        self.bank_size, self.shard_memory_bank = size, shard_memory_bank
+        self.memory_bank = self._bank(dim[0]) if size and dim else None
         if size and not dim:
             warnings.warn(f"memory_bank_size={size} has no dim and takes it from the first batch", stacklevel=2)
+
+    def _bank(self, dim: int) -> MemoryQueue:
+        options: dict[str, Any] = {"process_group": self.span["process_group"], "sharded": self.shard_memory_bank}
+        return MemoryQueue(self.bank_size, dim, **options)
 
     def forward(
         self, out0: Tensor, out1: Tensor, *, sample_weight: Tensor | None = None, return_stats: bool = False
@@ -113,10 +120,10 @@ class NTXentLoss(Loss):
         call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         if not self.bank_size:
             return nt_xent(out0, out1, self.temperature, **call)
-        common.check_pair(sample_weight, out0=out0, out1=out1)
+        z0, z1 = memory_bank_views(out0, out1, sample_weight, process_group=self.span["process_group"])
         if self.memory_bank is None:
-            self.memory_bank = MemoryQueue(self.bank_size, out0.shape[1]).to(out0.device)
-        z0, z1 = common.normalize(out0), common.normalize(out1)
+            self.memory_bank = self._bank(out0.shape[1]).to(out0.device)
+        call["sharded_negatives"] = self.shard_memory_bank
         loss = info_nce(z0, z1, self.memory_bank.keys, self.temperature, normalize=False, **call)
         if out0.requires_grad:
             self.memory_bank(z1.detach())
@@ -125,8 +132,17 @@ class NTXentLoss(Loss):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         keys = state_dict.get(f"{prefix}memory_bank.keys")
         if self.bank_size and self.memory_bank is None and keys is not None:
-            self.memory_bank = MemoryQueue(*keys.shape)
+            self.memory_bank = self._bank(keys.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@distributed.raises_together
+def memory_bank_views(
+    out0: Tensor, out1: Tensor, sample_weight: Tensor | None, *, process_group: Any
+) -> tuple[Tensor, Tensor]:
+    """Unit rows of both."""
+    common.check_pair(sample_weight, out0=out0, out1=out1)
+    return common.normalize(out0), common.normalize(out1)
 
 
 class InfoNCELoss(Loss):
@@ -134,7 +150,8 @@ class InfoNCELoss(Loss):
 
     Args:
         temperature: number, or nn.Parameter to be learned.
-        in_batch, normalize, reduction, label_smoothing, beta, tau_plus, process_group, strategy: as in `info_nce`.
+        in_batch, normalize, reduction, label_smoothing, beta, tau_plus: as in `info_nce`.
+        process_group, strategy, sharded_negatives: as in `info_nce`.
 
     Example:
         >>> loss_fn, queue = InfoNCELoss(temperature=0.07), MemoryQueue(1024, 16)
@@ -156,6 +173,7 @@ class InfoNCELoss(Loss):
         tau_plus: float = 0.0,
         process_group: Any = None,
         strategy: str | None = None,
+        sharded_negatives: bool = False,
     ) -> None:
         super().__init__(
             temperature,
@@ -167,6 +185,8 @@ class InfoNCELoss(Loss):
             tau_plus=tau_plus,
         )
         self.span = spanning(False, process_group, strategy)
+        if sharded_negatives:
+            self.options["sharded_negatives"] = True
 
     def forward(
         self,

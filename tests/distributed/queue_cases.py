@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslkernels.distributed import _collectives as collectives
 from sslkernels import losses
+from sslkernels.distributed import _collectives as collectives
 from sslkernels.losses import MemoryQueue
 
 DIM = 4
@@ -87,55 +87,70 @@ def shard_in_a_module(group: Any) -> dict[str, Any]:
     state = Model(queue).state_dict()
     for other, assign in zip(others, (False, True)):
         Model(other).load_state_dict(state, assign=assign)
-    alone = MemoryQueue(4, DIM, sharded=True)
-    alone.keys.copy_(expected)  # a process group cannot be copied
+    alone = MemoryQueue(4, DIM, sharded=True)  # a process group cannot be copied
+    alone.keys.copy_(expected)
     return {
         "kept": torch.equal(queue.keys, expected),
         "saved": sorted(state),
         "loaded": [torch.equal(other.keys, expected) and int(other.pointer) == 2 for other in others],
         "buffers": sum(len(list(x.buffers())) for x in (queue, *others)),
         "copied": torch.equal(copy.deepcopy(alone).keys, expected),
-        "repr": repr(queue) if rank == 0 else "",
+        "repr": repr(MemoryQueue(8, DIM, process_group="world", sharded=True)),
         "moved": [queue.half().keys.dtype, queue.pointer.dtype],
     }
 
 
+def shard_with_a_gradient(group: Any) -> None:
+    q, shard = torch.randn(2, DIM), torch.randn(4, DIM, requires_grad=dist.get_rank(group) == 1)
+    losses.info_nce(q, q, shard, process_group=group, sharded_negatives=True)
+
+
 class Encoder(nn.Module):
-    def __init__(self) -> None:
+    """A queue beside the loss, or inside it."""
+
+    def __init__(self, size: int, inside: bool, sharded: bool, group: Any, strategy: str, options: Any) -> None:
         super().__init__()
         self.layer = nn.Linear(DIM, DIM)
-        self.temperature = nn.Parameter(torch.tensor(0.3))
+        self.options = {**options, "process_group": group, "strategy": strategy}
+        temperature = nn.Parameter(torch.tensor(0.3))
+        if inside:
+            self.loss = losses.NTXentLoss(temperature, (size, DIM), shard_memory_bank=sharded, **self.options)
+            self.queue = self.loss.memory_bank
+            return
+        self.loss = losses.InfoNCELoss(temperature, normalize=False, sharded_negatives=sharded, **self.options)
+        self.queue = MemoryQueue(size, DIM, process_group=group, sharded=sharded)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a = self.layer(a)
+        if isinstance(self.loss, losses.NTXentLoss):
+            return self.loss(a, b)
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        loss = self.loss(a, b, self.queue.keys)
+        self.queue(b)
+        return loss
 
 
-def training(
-    group: Any, sharded: bool, strategy: str, options: dict[str, Any], size: int, sizes: Sequence[int], world: int
-) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Loss and gradients of each of five steps; each enqueues between forward and backward. group None: one process."""
+Call = tuple[bool, str, dict[str, Any], int, Sequence[int]]
+
+
+def training(group: Any, sharded: bool, call: Call) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of five steps; each enqueues between forward and backward. group None: one process.
+
+    call: whether the queue is in the loss, the strategy, options, rows of the queue, and rows of each rank.
+    """
+    inside, strategy, options, size, sizes = call
     torch.manual_seed(0)
-    model = Encoder().double()
-    queue = MemoryQueue(size, DIM, torch.float64, process_group=group, sharded=sharded)
+    model: Any = Encoder(size, inside, sharded, group, strategy, options).double()
     first = F.normalize(torch.randn(size, DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64), dim=1)
     if sharded:  # so that the shards give way to the same keys as the whole
-        first = first.view(-1, world, sizes[0], DIM)[:, dist.get_rank(group)].flatten(0, 1)
-    queue.keys.copy_(first)
+        first = first.view(-1, len(sizes), sizes[0], DIM)[:, dist.get_rank(group)].flatten(0, 1)
+    model.queue.keys.copy_(first)
+    wrapped = model if group is None else DistributedDataParallel(model, process_group=group)
     outcomes = []
     for step in range(5):
         model.zero_grad()
-        a, b = (keys_of(sizes, 100 * step + view, torch.float64) for view in (0, 1))
         mine = slice(None) if group is None else slice(dist.get_rank(group), dist.get_rank(group) + 1)
-        query = F.normalize(model.layer(torch.cat(a[mine])), dim=1)
-        key = F.normalize(torch.cat(b[mine]), dim=1)
-        span = {} if group is None else {"process_group": group, "strategy": strategy, "sharded_negatives": sharded}
-        loss = losses.info_nce(query, key, queue.keys, model.temperature, normalize=False, **options, **span)
-        queue(key)
+        loss = wrapped(*(torch.cat(keys_of(sizes, 100 * step + view, torch.float64)[mine]) for view in (0, 1)))
         loss.backward()
-        outcomes.append((loss.detach(), {name: average(p.grad, group) for name, p in model.named_parameters()}))
+        outcomes.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
     return outcomes
-
-
-def average(grad: Tensor, group: Any) -> Tensor:
-    grad = grad.clone()
-    if group is not None:
-        dist.all_reduce(grad, group=group)
-        grad /= dist.get_world_size(group)
-    return grad
