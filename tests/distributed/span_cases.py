@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,21 @@ from sslkernels import losses
 
 ROWS, WIDTH = 160, 1024  # a kernel packs up to 512 rows at a time, and scores are to be less than features
 
+
+def labels(n: int) -> torch.Tensor:
+    """The same on each rank."""
+    return torch.arange(n) % ROWS // 9
+
+
 LOSSES: dict[str, Any] = {
     "nt_xent": losses.nt_xent,
     "dcl": losses.dcl,
     "info_nce": losses.info_nce,
     "clip_loss": lambda a, b, **options: losses.clip_loss(a, b, 0.1, **options),
     "siglip_loss": lambda a, b, **options: losses.siglip_loss(a, b, 0.1, **options),
-    "supcon": lambda a, b, **options: losses.supcon(torch.stack([a, b], 1), torch.arange(ROWS) // 9, **options),
+    "supcon": lambda a, b, **options: losses.supcon(
+        torch.stack([a, b], 1), torch.arange(len(a)) % ROWS // 9, **options
+    ),
 }
 
 
@@ -37,3 +46,16 @@ def group_of_one(group: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     views = [torch.randn(ROWS, 3) for _ in range(2)]
     return LOSSES[name](*views, process_group=groups[dist.get_rank()]), LOSSES[name](*views)
+
+
+def statistics(group: Any, name: str, strategy: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The means over the ranks of what `return_stats` tells, and of one process on all rows."""
+    generator = torch.Generator().manual_seed(0)
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    views = [torch.randn(world * ROWS, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    call: Any = partial(LOSSES[name], return_stats=True)
+    own = call(*(x.chunk(world)[rank] for x in views), process_group=group, strategy=strategy)[1]
+    for x in own.values():
+        dist.all_reduce(x, group=group)
+        x /= world
+    return own, call(*views)[1]

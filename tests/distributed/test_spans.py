@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from span_cases import LOSSES, ROWS, group_of_one, largest_tensor
+from span_cases import LOSSES, ROWS, group_of_one, largest_tensor, statistics
 
 from sslkernels import losses
 from sslkernels.distributed import Group
@@ -20,6 +20,15 @@ def test_no_tensor_of_a_ring_holds_the_rows_of_all_ranks(ranks, name):
     for strategy in ("ring", "bidirectional_ring"):
         assert max(ranks.run(largest_tensor, "4", name, strategy)) < 4 * ROWS
     assert min(ranks.run(largest_tensor, "4", name, "gather")) >= 4 * ROWS
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_statistics_are_of_the_own_rows_and_all_keys(ranks, name, strategy):
+    for found, expected in ranks.run(statistics, "3", name, strategy):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert abs(found[key] - value) <= 1e-12 * abs(value), key
 
 
 @pytest.mark.parametrize("name", LOSSES)
