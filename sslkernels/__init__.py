@@ -7,10 +7,11 @@
 
 from sslkernels import _library, losses, ops, reference
 from sslkernels._checks import check_values
+from sslkernels.audit import check_dist
 from sslkernels.cached import cached_step
 from sslkernels.ema import EMA
 
 __version__ = "0.1.0"
-__all__ = ["EMA", "__version__", "cached_step", "check_values", "losses", "ops", "reference"]
+__all__ = ["EMA", "__version__", "cached_step", "check_dist", "check_values", "losses", "ops", "reference"]
 
 _library.load()  # after `ops`, which defines the schemas that the compiled kernels register under
