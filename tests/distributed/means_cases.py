@@ -273,3 +273,11 @@ def wrong_on_one_rank(group: Any, name: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def large_sums(group: Any) -> tuple[Tensor, Gradients]:
+    """float16 tokens whose gradient of the weight is beyond that dtype's range before it is divided by their number."""
+    hidden, weight = (torch.full((rows, 4), 50.0, dtype=torch.float16, requires_grad=True) for rows in (3000, 2))
+    loss = losses.masked_lm_loss(hidden, weight, torch.zeros(3000, dtype=torch.int64), process_group=group)
+    loss.backward()
+    return loss.detach(), {"hidden": hidden.grad, "weight": weight.grad}

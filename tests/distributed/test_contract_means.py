@@ -97,3 +97,10 @@ def test_a_module_hands_its_group_on(ranks):
 def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, name):
     other, own = ranks.run(means_cases.wrong_on_one_rank, "2", name)
     assert own.startswith("ValueError") and "rank 1 raised ValueError" in other
+
+
+def test_sums_beyond_float16_are_divided_before_they_are_rounded(ranks):
+    expected, gradients = means_cases.large_sums(None)
+    for loss, found in ranks.run(means_cases.large_sums, "2"):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(found, gradients)
