@@ -35,30 +35,27 @@ class Centered(NamedTuple):
     """
 
     views: list[Tensor]
-    mean: Tensor  # (views, D)
+    mean: Tensor  # (2, D)
     rest: Tensor
-    squares: Tensor  # (views, D)
-    products: Tensor  # (D,)
-    distance: Tensor  # (), of the views as they came
+    squares: Tensor  # (2, D)
+    both: Tensor  # (D,), the sum of what `of` was asked to sum
 
     @classmethod
-    def of(cls, views: Sequence[Tensor], route: Route) -> Centered:
-        dtype, total = compute_dtype(*views), sum(route.counts)
-        wide = [x.to(dtype) for x in views]
+    def of(cls, views: Sequence[Tensor], route: Route, both: Callable[[Tensor, Tensor], Tensor]) -> Centered:
+        """both: a function of the two views without the first part of their mean, to be summed as well."""
+        dtype, n = compute_dtype(*views), sum(route.counts)
 
-        def all_sums(*rows: Tensor) -> Tensor:
-            """Sums of columns over all rows; what the ranks add up is float64."""
-            return collectives.all_sum(torch.stack([x.sum(0).double() for x in rows]), route.group)
+        def all_sums(*columns: Tensor) -> Tensor:
+            return collectives.all_sum(torch.stack([x.double() for x in columns]), route.group)
 
-        mean = (all_sums(*wide) / total).to(dtype)
-        a, b = centered = [x - m for x, m in zip(wide, mean)]
-        sums = all_sums(a, b, a.square(), b.square(), a * b, (wide[0] - wide[1]).square())
-        exact = sums[:2] / total
-        rest = exact.to(dtype)
+        mean = (all_sums(*(x.to(dtype).sum(0) for x in views)) / n).to(dtype)
+        a, b = centered = [x.to(dtype) - m for x, m in zip(views, mean)]
+        sums = all_sums(a.sum(0), b.sum(0), a.square().sum(0), b.square().sum(0), both(a, b).sum(0))
+        rest = (sums[:2] / n).to(dtype)
         for x, r in zip(centered, rest):
             x.sub_(r)
-        squares, products = sums[2:4] - total * exact.square(), sums[4] - total * exact.prod(0)
-        return cls(centered, mean, rest, squares.clamp_min(0), products, sums[5].sum())
+        squares = (sums[2:4] - sums[:2].square() / n).clamp_min(0)
+        return cls(centered, mean, rest, squares, sums[4])
 
     def same(self, x: Tensor, view: int) -> Tensor:
         """Rows of another rank, treated as the own ones were."""
@@ -68,11 +65,11 @@ class Centered(NamedTuple):
 def _correlation(x, y, lambda_param, eps, sizes, rank, world, strategy, group, output_mask):
     with full_precision(x):
         route = _route(x, sizes, rank, world, strategy, group)
-        batch, n = Centered.of((x, y), route), sum(route.counts)
+        batch, n = Centered.of((x, y), route, torch.mul), sum(route.counts)
         factors = (batch.squares / n + eps).rsqrt()
         inverse = factors.to(batch.mean.dtype)
         views = [z.mul_(s) for z, s in zip(batch.views, inverse)]
-        diagonal = batch.products / n * factors.prod(0)
+        diagonal = (batch.both / n - batch.rest.double().prod(0)) * factors.prod(0)
 
         def arrive(held):
             return [batch.same(z, v).mul_(inverse[v]) for v, z in enumerate(held)]
@@ -95,9 +92,10 @@ def _correlation(x, y, lambda_param, eps, sizes, rank, world, strategy, group, o
 def _covariance(x, y, weights, gamma, eps, sizes, rank, world, strategy, group, output_mask):
     with full_precision(x):
         route = _route(x, sizes, rank, world, strategy, group)
-        batch, n, d = Centered.of((x, y), route), sum(route.counts), x.shape[1]
+        n, d, dtype = sum(route.counts), x.shape[1], compute_dtype(x, y)
         invariance, spread, covariance = weights
-        dtype = batch.mean.dtype
+        difference = x.to(dtype) - y.to(dtype)
+        batch = Centered.of((x, y), route, lambda a, b: difference.square())
 
         def arrive(held):
             return [batch.same(z, v) for v, z in enumerate(held)]
@@ -106,12 +104,12 @@ def _covariance(x, y, weights, gamma, eps, sizes, rank, world, strategy, group, 
         value, grads = norm(route, batch.views, False, list(batch.squares), output_mask, *cargo)
         std = (batch.squares / (n - 1) + eps).sqrt()
         value = covariance / (d * (n - 1) ** 2) * value + spread * (gamma - std).relu().mean(1).sum()
-        value = value + invariance / (n * d) * batch.distance
+        value = value + invariance / (n * d) * batch.both.sum()
         hinges = ((std < gamma) / std * (-spread / (d * (n - 1)))).to(dtype)
         for grad, view, hinge, sign in zip(grads, batch.views, hinges, (1, -1)):
             if grad is not None:
                 grad.mul_(covariance / (d * (n - 1) ** 2)).add_(view * hinge)
-                grad.add_(x.to(dtype) - y.to(dtype), alpha=sign * 2 * invariance / (n * d))
+                grad.add_(difference, alpha=sign * 2 * invariance / (n * d))
         return _outputs(value, grads, batch.mean)
 
 

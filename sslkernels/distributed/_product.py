@@ -3,21 +3,20 @@
 
     ||a^T b||_F^2 = <a a^T, b b^T>_F
 
-N rows in all, n here, D columns, R ranks. Per rank, forward and backward, for two views a and b:
+N rows in all, n here, D columns, R ranks. Per rank, forward and backward, for a^T b or for a^T a and b^T b:
 
-    space       multiplications     numbers sent           held at once
-    features    6 n D^2 / 2         2 D^2 (R - 1) / R      two panels of a^T b
-    Grams       8 n N D / 2         2 N D (R - 1) / R      2 N D gathered, or 4 n D around a ring; 2 n N
+    space       multiplications    numbers sent             held at once
+    features    3 n D^2            2 D^2 (R - 1) / R        two panels of D^2 / 8 or 4 MiB
+    Grams       4 n N D            2 N D (R - 1) / R        2 N D gathered, or 4 n D around a ring; 2 n N
 
-In feature space every rank multiplies its rows, and panels of a^T b are summed over the ranks while the next one is
-computed. In Gram space rows travel, and each rank has the n rows of a a^T and b b^T that are its own: as both are
-symmetric, the gradient of a row needs nothing from any other rank, and none comes back. Of one view, a^T a, the former
-is 4 n D^2 / 2 multiplications and D^2 numbers, the latter 4 n N D / 2 and N D.
+In feature space every rank multiplies its rows, and panels of the products are summed over the ranks, one while the
+next is computed; of a symmetric one what lies on its diagonal and to the right. In Gram space rows travel, and each
+rank has the n rows of a a^T and b b^T that are its own: as both are symmetric, the gradient of a row needs nothing else
+and none is sent.
 
-So for any number of ranks Gram space computes less below N = 3/4 D or D and sends less below N = D, or 2 D where rows
-of 16 bits travel. It also takes digits: the diagonal of a^T b is subtracted from a sum over all of it. Up to N = D / 2
-that is one bit for columns that are not correlated, as in one process, and there Gram space is taken; for the whole
-norm up to N = D.
+So with any number of ranks Gram space computes less up to N = 3/4 D and sends less up to N = D, or 2 D where rows have
+16 bits. There it is taken for the whole norm. Without the diagonal it takes digits: that is subtracted from the whole.
+Up to N = D / 2 it is one bit, for columns that are not correlated; as in one process, Gram space ends there.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from torch import Tensor
 from sslkernels.distributed import _collectives as collectives
 from sslkernels.distributed._trips import SUM, Route, Tensors, trip
 
-PANEL_BYTES = 16 << 20  # of a^T b, summed over the ranks at a time
+PANEL_BYTES = 4 << 20  # of a^T b, summed over the ranks at a time, or
+PANELS = 8  # as many parts, if these are larger
 LEFT = 1 / 8  # share of a norm that must be off the diagonal, for a difference to be trusted
 
 Columns = list[Tensor]
@@ -53,7 +53,7 @@ def norm(
     rows like those of `views`.
     """
     n, d = sum(route.counts), views[0].shape[1]
-    if n <= (d if diagonals is None else d // 2):
+    if n <= (3 * d // 4 if diagonals is None else d // 2):
         value, grads = _in_grams(route, views, cross, wanted, cargo, arrive)
         if diagonals is None:
             return value, grads
@@ -113,7 +113,7 @@ def _in_features(
     value = torch.zeros((), dtype=torch.float64, device=views[0].device)
     grads = [torch.zeros_like(view) if w else None for view, w in zip(views, wanted)]
     pairs = [(0, 1)] if cross else [(v, v) for v in range(len(views))]
-    step = max(1, PANEL_BYTES // (d * views[0].element_size()))
+    step = max(1, PANEL_BYTES // (d * views[0].element_size()), d // PANELS)
     panels = [(pair, slice(i, min(i + step, d))) for pair in pairs for i in range(0, d, step)]
 
     def start(pair: tuple[int, int], rows: slice) -> tuple[Tensor, Any]:

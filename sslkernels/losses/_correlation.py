@@ -236,7 +236,7 @@ def frossl_loss(
     Args:
         z_views: at least two tensors (N, D), N > 1: one row a sample.
         invariance_weight: weight of the second term.
-        process_group, strategy: as in `barlow_twins_loss`, but rows travel while all of them are at most D.
+        process_group, strategy: as in `barlow_twins_loss`, but rows travel while all of them are at most 3/4 D.
 
     Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
