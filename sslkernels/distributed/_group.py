@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import _checks as checks
+from sslkernels._autocast import autocasts
 from sslkernels.distributed import _agreement as agreement
 from sslkernels.distributed import _collectives as collectives
 from sslkernels.ops._emitted import wants_grad
@@ -163,7 +164,8 @@ def batch(process_group: Any, strategy: str | None, loss: str, /, **brought: Any
         return Batch(name, rank, world, strategy, rows, None)
     tensors = {key: x for key, x in brought.items() if isinstance(x, Tensor)}
     numbers = {key: float(x) for key, x in brought.items() if _is_number(x)}
-    options = {"strategy": strategy, "check": check, **brought}
+    cast = str(torch.get_autocast_dtype(first.device.type)) if autocasts(first) else None
+    options = {"strategy": strategy, "check": check, "autocast": cast, **brought}
     lines = [f"{key}={_shown(x)}" for key, x in options.items() if key not in tensors and key not in numbers]
     what = "\n".join([f"loss={loss}", *lines])
     xs, names, values = list(tensors.values()), [*tensors, *numbers], list(numbers.values())

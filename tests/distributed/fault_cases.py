@@ -56,7 +56,24 @@ def step(group: Any, change: str, odd: int) -> Outcome:
         options["temperature"] = torch.tensor(0.5, requires_grad=mine != "parameter")
     start = time.monotonic()
     try:
-        function(out0, out1, **options).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mine == "autocast"):
+            function(out0, out1, **options).backward()
+    except Exception as error:
+        return Outcome(type(error).__name__, str(error), time.monotonic() - start)
+    return Outcome("", "", time.monotonic() - start)
+
+
+def other_vocabulary(group: Any) -> Outcome:
+    """Rows that are not compared, and a matrix whose first dimension is none of rows."""
+    import torch
+    import torch.distributed as dist
+
+    from sslkernels.losses import masked_lm_loss
+
+    rows, classes = 4 + dist.get_rank(group), 10 + dist.get_rank(group)
+    labels, start = torch.zeros(rows, dtype=torch.int64), time.monotonic()
+    try:
+        masked_lm_loss(torch.randn(rows, 3), torch.randn(classes, 3), labels, process_group=group)
     except Exception as error:
         return Outcome(type(error).__name__, str(error), time.monotonic() - start)
     return Outcome("", "", time.monotonic() - start)

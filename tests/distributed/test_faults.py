@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import fault_cases
 import pytest
 from fault_cases import DEATHS, TIMEOUT, Outcome
+
+from sslkernels import losses
 
 MARGIN = 3.0  # seconds, for a busy machine
 
@@ -23,6 +26,7 @@ DISAGREEMENTS = {
     "weights": r"sample_weight: None on ranks? .*; float32 \(rows,\) on cpu on rank {}$",
     "reduction": r"reduction: 'mean' on ranks? .*; 'sum' on rank {}$",
     "strategy": r"strategy: 'gather' on ranks? .*; 'ring' on rank {}$",
+    "autocast": r"autocast: None on ranks? .*; 'torch.bfloat16' on rank {}$",
     "check": r"check: 'step' on ranks? .*; 'first' on rank {}$",
 }
 OWN_ERRORS = {  # of a rank, which the others must hear of
@@ -50,6 +54,19 @@ def test_error_of_one_rank(ranks, change):
         assert outcome.error == "RuntimeError"
         assert outcome.message == f"rank 2 raised {OWN_ERRORS[change]}"
     assert ranks.run(fault_cases.step, "4", "", 2)[0].error == ""
+
+
+def test_rows_of_a_matrix(ranks):
+    outcomes = ranks.run(fault_cases.other_vocabulary, "2")
+    for outcome in outcomes:
+        assert outcome.error == "RuntimeError"
+        assert "disagree on the rows of weight: 10 on rank 0; 11 on rank 1" in outcome.message, outcome.message
+
+
+def test_every_loss_tells_others_of_its_errors():
+    functions = [f for f in vars(losses).values() if inspect.isfunction(f)]
+    spanning = [f for f in functions if "process_group" in inspect.signature(f).parameters]
+    assert len(spanning) > 20 and [f.__name__ for f in spanning if not hasattr(f, "__wrapped__")] == []
 
 
 def test_error_of_all_ranks(ranks):
