@@ -86,7 +86,7 @@ class KoLeoLoss(Loss):
     """`koleo_loss` as a module, with lightly's arguments and `process_group`.
 
     Example:
-        >>> KoLeoLoss()(torch.randn(8, 16))
+        >>> loss = KoLeoLoss()(torch.randn(8, 16))
     """
 
     def __init__(self, p: float = 2, eps: float = 1e-8, *, process_group: Any = None) -> None:
