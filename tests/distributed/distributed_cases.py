@@ -67,6 +67,19 @@ class Table(nn.Module):
         return self.loss(*(x[ids] for x in self.features), *rest, **options)
 
 
+class Trained(nn.Module):
+    """Pairs that agree and differ from all others, as unit rows: losses near 1e-6, where the usual forms cancel."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        first = torch.randn(32, 64)
+        self.a, self.b = nn.Parameter(first), nn.Parameter(first + 0.3 * torch.randn(32, 64))
+        self.loss = loss
+
+    def forward(self, ids: Tensor, **options: Any) -> Tensor:
+        return self.loss(*(nn.functional.normalize(x[ids], dim=1) for x in (self.a, self.b)), **options)
+
+
 def two_views(n: int, generator: torch.Generator) -> Sequence[Tensor]:
     a = torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
     return a, a + 0.3 * torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
@@ -215,6 +228,13 @@ supcon_weighted = Case(
 supcon_rows = Case(lambda: OneSet(own_share(losses.supcon), 0.3), labelled)
 supcon_stats = Case(lambda: OneSet(with_stats(losses.supcon, reduction="sum"), 0.3), labelled)
 supcon_table = Case(lambda: Table(partial(losses.supcon, temperature=0.5), sets=1), ids_and_labels)
+
+nt_xent_trained = Case(lambda: Trained(partial(losses.nt_xent, temperature=0.05)), ids)
+info_nce_trained = Case(lambda: Trained(partial(losses.info_nce, temperature=0.05)), ids)
+clip_trained = Case(lambda: Trained(partial(losses.clip_loss, logit_scale=20.0)), ids)
+supcon_trained = Case(
+    lambda: Trained(lambda a, b, **rest: losses.supcon(torch.stack([a, b], 1), temperature=0.05, **rest)), ids
+)
 
 nt_xent_autocast = Case(lambda: Table(autocast(losses.nt_xent, temperature=0.5)), ids)
 clip_autocast = Case(lambda: Table(autocast(losses.clip_loss, logit_scale=0.5)), ids)

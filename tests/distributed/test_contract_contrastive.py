@@ -42,6 +42,12 @@ def test_features_of_16_bits(ranks, name):
     check(ranks, name, "3", Setting(UNEVEN, "ring", dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip", "supcon"])
+def test_float32_at_small_losses(ranks, name, strategy):
+    check(ranks, f"{name}_trained", "3", Setting(UNEVEN, strategy, dtype=torch.float32), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["nt_xent", "clip", "supcon"])
 def test_autocast(ranks, name):
     check(ranks, f"{name}_autocast", "3", Setting(UNEVEN, "ring", dtype=torch.float32), 2e-2)
