@@ -133,14 +133,16 @@ def of_rows(
     panel_bytes: int,
     options: dict[str, Any],
 ) -> Outcome:
-    """On a rank: the loss of its rows of a batch, with a weight in backward."""
+    """On a rank: the loss of its rows of a batch, with a weight in backward; options: those of the loss, `autocast`."""
     import torch.distributed as dist
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.pop("autocast", False))
 
     rank, before = dist.get_rank(group), _product.PANEL_BYTES
     own = [x.split(list(sizes))[rank].detach().requires_grad_(x.requires_grad) for x in batch]
     _product.PANEL_BYTES = panel_bytes
     try:
-        with counted() as forward:
+        with counted() as forward, autocast:
             loss = LOSSES[name](*own, process_group=group, **options)
         with counted() as backward:
             if loss.requires_grad:

@@ -29,8 +29,17 @@ def test_rows_around_a_ring(ranks, name, strategy):
 
 
 @pytest.mark.parametrize("name", [*NARROW, *WIDE])
+def test_batches_of_one_size_compared_once(ranks, name):
+    check(ranks, name, "3", Setting(EVEN, check="first"))
+
+
+@pytest.mark.parametrize("name", [*NARROW, *WIDE])
 def test_compiled(ranks, name):
-    check(ranks, name, "3", Setting(UNEVEN, "ring", compiled=True))
+    check(ranks, name, "2", Setting(UNEVEN, "ring", compiled=True))
+
+
+@pytest.mark.parametrize("name", ["barlow_narrow", "barlow_wide"])
+def test_batches_of_one_size_compiled(ranks, name):
     check(ranks, name, "2", Setting(EVEN, check="first", compiled=True))
 
 

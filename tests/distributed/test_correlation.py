@@ -61,6 +61,25 @@ def test_float32(ranks, name, width):
     assert value <= 1e-5 and gradient <= 1e-5
 
 
+@pytest.mark.parametrize("width", [8, 40])
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_autocast_changes_nothing(ranks, name, width):
+    batch = pair(16, width, torch.float32)
+    plain, under = run(ranks, name, batch), run(ranks, name, batch, autocast=True)
+    for x, y in zip(plain, under):
+        assert torch.equal(x.loss, y.loss) and all(map(torch.equal, x.gradients, y.gradients))
+
+
+@pytest.mark.parametrize("width", [8, 40])
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_nan_of_one_rank_is_nan_on_all(ranks, name, width):
+    batch = pair(16, width)
+    batch[0].data[2, 3] = torch.nan
+    for outcome in run(ranks, name, batch):
+        # TiCo's ranks return their own rows' parts, which meet the others' through its covariance
+        assert outcome.loss.isnan() and outcome.gradients[0][:, 3].isnan().any()
+
+
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 def test_16_bits_travel_and_float32_computes(ranks, name, strategy):
