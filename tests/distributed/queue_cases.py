@@ -30,9 +30,9 @@ def queue_state(queue: MemoryQueue) -> tuple[Tensor, int]:
     return queue.keys.clone(), int(queue.pointer)
 
 
-def _compiled(queue: MemoryQueue) -> Any:
+def _compiled(module: nn.Module) -> Any:
     torch.compiler.reset()  # a rank that has compiled more often than others must not be the only one at a limit
-    return torch.compile(queue, backend="aot_eager", fullgraph=True)
+    return torch.compile(module, backend="aot_eager", fullgraph=True)
 
 
 def enqueued(group: Any, size: int, dtype: torch.dtype, steps: Any, compiled: bool) -> list[tuple[Tensor, int]]:
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 Call = tuple[bool, str, dict[str, Any], int, Sequence[int]]
 
 
-def training(group: Any, sharded: bool, call: Call) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def training(group: Any, sharded: bool, call: Call, compiled: bool = False) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Loss and gradients of five steps; each enqueues between forward and backward. group None: one process.
 
     call: whether the queue is in the loss, the strategy, options, rows of the queue, and rows of each rank.
@@ -146,11 +146,17 @@ def training(group: Any, sharded: bool, call: Call) -> list[tuple[Tensor, dict[s
         first = first.view(-1, len(sizes), sizes[0], DIM)[:, dist.get_rank(group)].flatten(0, 1)
     model.queue.keys.copy_(first)
     wrapped = model if group is None else DistributedDataParallel(model, process_group=group)
+    if compiled:  # past DDP, whose hooks no graph takes whole
+        wrapped = _compiled(model)
     outcomes = []
     for step in range(5):
         model.zero_grad()
         mine = slice(None) if group is None else slice(dist.get_rank(group), dist.get_rank(group) + 1)
         loss = wrapped(*(torch.cat(keys_of(sizes, 100 * step + view, torch.float64)[mine]) for view in (0, 1)))
         loss.backward()
+        if compiled:
+            for p in model.parameters():
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
         outcomes.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
     return outcomes

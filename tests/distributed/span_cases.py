@@ -26,6 +26,10 @@ LOSSES: dict[str, Any] = {
     "info_nce": losses.info_nce,
     "clip_loss": lambda a, b, **options: losses.clip_loss(a, b, 0.1, **options),
     "siglip_loss": lambda a, b, **options: losses.siglip_loss(a, b, 0.1, **options),
+    "siglip_loss, weights learned": lambda a, b, **options: losses.siglip_loss(
+        a, b, 0.1, sample_weight=a[:, 0].sigmoid(), **options
+    ),
+    "frozen keys": lambda a, b, **options: losses.info_nce(a, b.detach(), **options),
     "supcon": lambda a, b, **options: losses.supcon(
         torch.stack([a, b], 1), torch.arange(len(a)) % ROWS // 9, **options
     ),

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import queue_cases as cases
 import torch
@@ -71,10 +74,10 @@ OPTIONS = {
 }
 
 
-def compare(ranks, group, sharded, inside, strategy, options, size, sizes):
+def compare(ranks, group, sharded, inside, strategy, options, size, sizes, compiled=False):
     call = (inside, strategy, options, size, sizes)
     exact = cases.training(None, False, call)
-    found = ranks.run(cases.training, group, sharded, call)
+    found = ranks.run(cases.training, group, sharded, call, compiled)
     for step, (loss, gradients) in enumerate(exact):
         value = torch.stack([of_rank[step][0] for of_rank in found]).mean()
         assert abs(value - loss) <= 1e-10 * abs(loss), f"step {step}"
@@ -104,9 +107,29 @@ def test_a_memory_bank_inside_the_loss(ranks, group, sharded):
     compare(ranks, group, sharded, True, "gather", {}, 6 * world, (2,) * world)
 
 
+@pytest.mark.parametrize(("sharded", "inside"), [(True, False), (True, True), (False, True)])
+def test_steps_with_a_queue_compiled(ranks, sharded, inside):
+    compare(ranks, "2", sharded, inside, "ring", {}, 12, (2, 2), compiled=True)
+
+
 def test_a_shard_is_without_gradient(ranks):
     with pytest.raises(RankError, match=r"sharded_negatives needs negative_keys \(M, D\) without gradient, got"):
         ranks.run(cases.shard_with_a_gradient, "2")
+
+
+def test_shards_for_another_number_of_ranks():
+    """As docs/losses.md does it: four shards become two, and the oldest keys still give way first."""
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    (block,) = (x for x in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "states" in x)
+    old = [MemoryQueue(3, 1) for _ in range(4)]
+    for n in range(20):
+        old[n % 4](torch.tensor([[float(n)]]))
+    new = [MemoryQueue(6, 1) for _ in range(2)]
+    for rank, queue in enumerate(new):
+        exec(block, {"torch": torch, "states": [q.state_dict() for q in old], "queue": queue, "rank": rank, "world": 2})
+        queue(torch.full((2, 1), -1.0))
+    kept = torch.cat([queue.keys for queue in new]).flatten().tolist()
+    assert sorted(kept) == [-1.0] * 4 + [float(n) for n in range(12, 20)]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
