@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,41 +50,3 @@ def shown_span(span: dict[str, Any]) -> list[str]:
     name, strategy = span["process_group"], span.get("strategy")
     shown = name if isinstance(name, str | Group) else getattr(name, "group_name", name)
     return [f"process_group={shown}"] + [f"strategy={strategy}"] * (strategy is not None)
-
-
-def refuse_gather(gather_distributed: bool) -> None:
-    if gather_distributed:
-        raise NotImplementedError("gather_distributed=True is not supported: a loss sees the batch of its own process")
-
-
-class ImageTextLoss(Loss):
-    function: Callable[..., Any]
-
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        process_group: Any = None,
-        strategy: str | None = None,
-    ) -> None:
-        super().__init__(reduction=reduction, label_smoothing=label_smoothing)
-        self.span = spanning(False, process_group, strategy)
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        *,
-        sample_weight: Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Any:
-        call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
-        result = type(self).function(image_features, text_features, logit_scale, logit_bias, **call)
-        if not output_dict:
-            return result
-        loss, *stats = result if return_stats else (result,)
-        return ({"contrastive_loss": loss}, *stats) if return_stats else {"contrastive_loss": loss}

@@ -20,8 +20,9 @@ from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels.losses import _common as common
 from sslkernels.losses._cpc import CPCLoss, cpc_loss
-from sslkernels.losses._module import ImageTextLoss, Loss, spanning
-from sslkernels.losses._pairs import clip_loss, info_nce, siglip_loss
+from sslkernels.losses._image_text import ClipLoss, SigLipLoss, clip_loss, siglip_loss
+from sslkernels.losses._info_nce import info_nce
+from sslkernels.losses._module import Loss, spanning
 from sslkernels.losses._supcon import supcon
 from sslkernels.losses._views import dcl, mises_fisher_weights, nt_xent
 from sslkernels.losses._wav2vec2 import Wav2Vec2Loss, diversity_loss, wav2vec2_loss
@@ -199,45 +200,6 @@ class InfoNCELoss(Loss):
     ) -> Any:
         call = {**self.options, **self.span, "sample_weight": sample_weight, "return_stats": return_stats}
         return info_nce(query, positive_key, negative_keys, self.temperature, **call)
-
-
-class ClipLoss(ImageTextLoss):
-    """`clip_loss` as a module.
-
-    `process_group` is in place of open_clip's `rank`, `world_size`, `local_loss`, `gather_with_grad`, `cache_labels`
-    and `use_horovod`. There the gradients depend on a pair of flags: by default they are 1 / world_size of the true
-    ones, `local_loss=True` alone leaves out what comes through other ranks' features, which turns them, and with
-    `gather_with_grad=True` they are right. Here they are right.
-
-    Args:
-        reduction, label_smoothing, process_group, strategy: as in `clip_loss`.
-
-    `forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)` is open_clip's;
-    `output_dict=True` gives `{"contrastive_loss": loss}`.
-
-    Example:
-        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
-        >>> loss = ClipLoss()(image, text, logit_scale=torch.tensor(1 / 0.07))
-    """
-
-    function = staticmethod(clip_loss)
-
-
-class SigLipLoss(ImageTextLoss):
-    """`siglip_loss` as a module; `process_group` is in place of open_clip's `rank`, `world_size` and `dist_impl`.
-
-    Args:
-        reduction, label_smoothing, process_group, strategy: as in `siglip_loss`.
-
-    `forward(image_features, text_features, logit_scale, logit_bias, output_dict=False)` is open_clip's;
-    `output_dict=True` gives `{"contrastive_loss": loss}`.
-
-    Example:
-        >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
-        >>> loss = SigLipLoss()(image, text, logit_scale=torch.tensor(10.0), logit_bias=torch.tensor(-10.0))
-    """
-
-    function = staticmethod(siglip_loss)
 
 
 class SupConLoss(Loss):
