@@ -52,6 +52,7 @@ class MemoryQueue(nn.Module):
     Raises:
         ValueError, TypeError: size or dim not positive, a dtype that is not floating, keys of another width; a size
             that the ranks cannot share evenly.
+        RuntimeError: a shard in a group of another size, as one that is made before `init_process_group`.
 
     Example:
         >>> queue = MemoryQueue(1024, 128)
@@ -84,7 +85,7 @@ class MemoryQueue(nn.Module):
         _, rank, world, *_ = span(process_group)
         if sharded and size % world:
             raise ValueError(f"size must be a multiple of the {world} ranks that share the queue, got {size}")
-        self.size, self.process_group, self.sharded = size, process_group, sharded
+        self.size, self.process_group, self.sharded, self.world = size, process_group, sharded, world
         if process_group is not None and generator is None:
             generator = torch.Generator().manual_seed(rank if sharded else 0)
         keys = torch.empty(size // world if sharded else size, dim, dtype=dtype)
@@ -100,6 +101,8 @@ class MemoryQueue(nn.Module):
         """Enqueue keys (N, dim) in place, the oldest ones give way."""
         if not self.sharded:
             keys = memory_queue(self.keys, keys, process_group=self.process_group)
+        elif (world := span(self.process_group)[2]) != self.world:
+            raise RuntimeError(f"queue of {self.world} shards is used by {world} ranks: it must be made in their group")
         enqueue_(self.keys, self.pointer, keys)
 
     @contextmanager

@@ -49,17 +49,17 @@ def enqueued(group: Any, size: int, dtype: torch.dtype, steps: Any, compiled: bo
 
 def shards(group: Any, size: int, steps: Any, compiled: bool) -> list[tuple[Tensor, int]]:
     """A rank's shard at first and after each step, with a collective an error."""
-    rank, find = dist.get_rank(group), collectives.find
+    rank, guard = dist.get_rank(group), collectives.guard
     queue = MemoryQueue(size, DIM, process_group=group, sharded=True)
     call = _compiled(queue) if compiled else queue
     states = [queue_state(queue)]
-    collectives.find = None  # type: ignore[assignment]
+    collectives.guard = None  # type: ignore[assignment]
     try:
         for step, sizes in enumerate(steps):
             call(keys_of(sizes, step)[rank])
             states.append(queue_state(queue))
     finally:
-        collectives.find = find
+        collectives.guard = guard
     return states
 
 
@@ -98,6 +98,12 @@ def shard_in_a_module(group: Any) -> dict[str, Any]:
         "repr": repr(MemoryQueue(8, DIM, process_group="world", sharded=True)),
         "moved": [queue.half().keys.dtype, queue.pointer.dtype],
     }
+
+
+def shard_elsewhere(group: Any) -> None:
+    queue = MemoryQueue(8, DIM, process_group=group, sharded=True)
+    queue.process_group = None
+    queue(torch.ones(1, DIM))
 
 
 def shard_with_a_gradient(group: Any) -> None:

@@ -143,3 +143,8 @@ def test_a_queue_of_one_process_in_the_default_group(sharded):
 def test_sizes_that_cannot_be_shared(ranks):
     with pytest.raises(RankError, match="size must be a multiple of the 3 ranks that share the queue, got 10"):
         ranks.run(cases.shards, "3", 10, [], False)
+
+
+def test_a_shard_knows_its_group(ranks):
+    with pytest.raises(RankError, match="queue of 2 shards is used by 1 ranks: it must be made in their group"):
+        ranks.run(cases.shard_elsewhere, "2")
