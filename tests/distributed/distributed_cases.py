@@ -55,6 +55,17 @@ class TwoTowers(nn.Module):
         return self.loss(*features, self.log_scale.exp(), self.bias, sample_weight=weight, **options)
 
 
+class FirstTower(nn.Module):
+    """Features against others that are not trained: MoCo v3's keys, LiT's images."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.loss = nn.Linear(WIDTH, WIDTH), loss
+
+    def forward(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        return self.loss(self.encoder(a), b, **options)
+
+
 class Table(nn.Module):
     """Features that are parameters: nothing but the loss rounds them."""
 
@@ -205,6 +216,7 @@ info_nce_queue_weighted = Case(lambda: TwoViews(sample_weighted(queue(losses.inf
 info_nce_strided = Case(lambda: TwoViews(strided(partial(losses.info_nce, normalize=False)), 3.0), two_views)
 info_nce_own = Case(lambda: TwoViews(losses.info_nce, 0.3), with_own_keys)
 info_nce_own_and_batch = Case(lambda: TwoViews(partial(losses.info_nce, in_batch=True), 0.3), with_own_keys)
+info_nce_frozen = Case(lambda: FirstTower(partial(losses.info_nce, beta=0.5)), two_views)
 info_nce_rows = Case(lambda: TwoViews(own_share(losses.info_nce), 0.3), two_views)
 info_nce_stats = Case(lambda: TwoViews(with_stats(losses.info_nce, reduction="sum"), 0.3), two_views)
 info_nce_table = Case(lambda: Table(partial(losses.info_nce, temperature=0.5)), ids)
@@ -213,6 +225,7 @@ clip_loss = Case(lambda: TwoTowers(losses.clip_loss), two_views)
 clip_smooth = Case(lambda: TwoTowers(partial(losses.clip_loss, label_smoothing=0.2)), two_views)
 clip_weighted = Case(lambda: TwoTowers(losses.clip_loss), weighted)
 clip_strided = Case(lambda: TwoTowers(strided(losses.clip_loss)), two_views)
+clip_frozen = Case(lambda: FirstTower(partial(losses.clip_loss, label_smoothing=0.1, logit_scale=2.0)), two_views)
 clip_rows = Case(lambda: TwoTowers(own_share(losses.clip_loss)), two_views)
 clip_stats = Case(lambda: TwoTowers(with_stats(losses.clip_loss, reduction="sum")), two_views)
 clip_table = Case(lambda: Table(partial(losses.clip_loss, logit_scale=0.5)), ids)

@@ -7,7 +7,7 @@ from contract import EVEN, STRATEGIES, UNEVEN, Setting, check
 
 NAMES = ["nt_xent", "dcl", "info_nce", "clip_loss", "supcon"]
 OPTIONS = [
-    *("nt_xent_strided", "info_nce_strided", "clip_strided"),
+    *("nt_xent_strided", "info_nce_strided", "clip_strided", "info_nce_frozen", "clip_frozen"),
     *("nt_xent_smooth", "nt_xent_hard", "nt_xent_weighted", "nt_xent_sum", "nt_xent_rows", "nt_xent_stats"),
     *("dcl_weights", "dclw", "dcl_stats"),
     *("info_nce_raw", "info_nce_smooth", "info_nce_hard", "info_nce_weighted", "info_nce_rows", "info_nce_stats"),
