@@ -80,11 +80,12 @@ def test_nan_of_one_rank_is_nan_on_all(ranks, name, width):
         assert outcome.loss.isnan() and outcome.gradients[0][:, 3].isnan().any()
 
 
+@pytest.mark.parametrize("shift", [0, 30])
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
-def test_16_bits_travel_and_float32_computes(ranks, name, strategy):
+def test_16_bits_travel_and_float32_computes(ranks, name, strategy, shift):
     """Rows are sent as they came, in half the bytes, and become what they are to their owner."""
-    batch = pair(16, 40, torch.bfloat16)
+    batch = [(x.detach() + shift).bfloat16().requires_grad_() for x in pair(16, 40)]
     outcomes = run(ranks, name, batch, strategy=strategy)
     value, gradient = errors(outcomes, name, batch)
     assert value <= 1e-5 and gradient <= 2 * torch.finfo(torch.bfloat16).eps
