@@ -30,6 +30,7 @@ LOSSES: dict[str, Any] = {
         a, b, 0.1, sample_weight=a[:, 0].sigmoid(), **options
     ),
     "frozen keys": lambda a, b, **options: losses.info_nce(a, b.detach(), **options),
+    "shards": lambda a, b, **options: losses.info_nce(a, b, b.detach(), sharded_negatives=True, **options),
     "supcon": lambda a, b, **options: losses.supcon(
         torch.stack([a, b], 1), torch.arange(len(a)) % ROWS // 9, **options
     ),
