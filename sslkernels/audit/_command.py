@@ -27,7 +27,10 @@ def keywords(text: str) -> dict[str, Any]:
 def _inputs(text: str) -> str | Inputs:
     if ":" not in text:
         return text
-    found = load(text)
+    try:
+        found = load(text)
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(found, Inputs):
         raise argparse.ArgumentTypeError(f"{text} must be a sslkernels.audit.Inputs, got {type(found).__name__}")
     return found

@@ -68,8 +68,9 @@ def _serve(rank: int, address: str, store: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT))
-    groups = {name: dist.new_group(list(ranks)) for name, ranks in GROUPS.items()}
+    limit = timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    groups = {name: dist.new_group(list(ranks), timeout=limit) for name, ranks in GROUPS.items()}
     connection = Client(address)
     connection.send(rank)
     while True:

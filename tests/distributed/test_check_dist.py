@@ -128,6 +128,8 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert [line.split()[0] for line in lines] == ["8+8", "8+8+8"] and all(line.endswith("exact") for line in lines)
     assert [finding["verdict"] for finding in json.loads(path.read_text())] == ["exact", "exact"]
     assert command(name, "--processes", "2", **run)[0] == 1
+    code, printed = command(name, "--inputs", "nowhere:inputs", **run)
+    assert code == 2 and "No module named 'nowhere'" in printed
     code, printed = command(name, "--args", "temperature", **run)
     assert code == 2 and "must be like 'a=1, b=True', got 'temperature'" in printed
 
