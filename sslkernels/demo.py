@@ -4,6 +4,9 @@
 Same network, same images, same views in the same order; the loss alone differs. What is shown: the two loss curves are
 one, what the loss costs in time and memory, and that the network has learned. `--method mae`, or any other, trains that
 method instead, for a minute, and shows what its features were worth before and after.
+
+`torchrun --nproc_per_node 2 -m sslkernels.demo` shares our training out over two processes, and the eager one stays in
+one: the curves are one still. `--method` under torchrun trains that method on all of them.
 """
 
 from __future__ import annotations
@@ -15,17 +18,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkernels import data
+from sslkernels.distributed import Batch
+from sslkernels.distributed._group import span
+from sslkernels.distributed._launch import launched
 from sslkernels.evaluation import extract_features, knn_accuracy
 from sslkernels.losses import nt_xent
 from sslkernels.methods import SimCLR
-from sslkernels.nn import ProjectionHead, ResidualCNN
+from sslkernels.nn import ProjectionHead, ResidualCNN, global_batch_norm
 from sslkernels.presets import PRESETS
 
 TEMPERATURE, DIM, NEIGHBORS = 0.1, 128, 5
@@ -71,35 +77,54 @@ def new_method(images: Tensor, *, seed: int) -> SimCLR:
     return nn.utils.convert_conv2d_weight_memory_format(method, torch.channels_last)
 
 
-def pretrain(loss: str, images: Tensor, *, steps: int, batch_size: int, seed: int = 0) -> Run:
-    """Train SimCLR on images (N, 1, H, W), timing the loss on its own in every step."""
+def pretrain(
+    loss: str, images: Tensor, *, steps: int, batch_size: int, seed: int = 0, process_group: Any = None
+) -> Run:
+    """Train SimCLR on images (N, 1, H, W), timing the loss on its own in every step.
+
+    With process_group each rank takes its part of the batch, and our loss is of the whole of it.
+    """
     from tqdm import tqdm
 
+    ranks = ranks_of(process_group)
+    options = {} if ranks.local else {"process_group": process_group}
     method = new_method(images, seed=seed)
+    if not ranks.local:
+        global_batch_norm(method, process_group)
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.12)
     generator = torch.Generator().manual_seed(seed)
     curve, loss_seconds, step_seconds = [], [], []
-    for _ in (progress := tqdm(range(steps), desc=f"{loss:>10}", unit="step")):
+    for _ in (progress := tqdm(range(steps), desc=f"{loss:>10}", unit="step", disable=ranks.rank > 0)):
         started = time.perf_counter()
         chosen = torch.randperm(len(images), generator=generator)[:batch_size]
         views = data.two_views(images[chosen], generator=generator, **data.DIGIT_VIEWS)
-        z = method.project(views)
+        view0, view1 = (view.tensor_split(ranks.world)[ranks.rank] for view in views)
+        z = method.project((view0, view1))
         # The step is cut at the loss, so that the loss's forward and backward are timed and nothing else is. SimCLR's
         # factor of two, which Adam does not see, is left out.
         out0, out1 = (part.detach().requires_grad_() for part in z)
         loss_started = time.perf_counter()
-        value = LOSSES[loss](out0, out1, TEMPERATURE)
+        value = LOSSES[loss](out0, out1, TEMPERATURE, **options)
         value.backward()
         loss_seconds.append(time.perf_counter() - loss_started)
         optimizer.zero_grad()
         torch.autograd.backward(z, [out0.grad, out1.grad])
+        if not ranks.local:  # what DistributedDataParallel does, which the cut at the loss goes past
+            for p in method.parameters():
+                p.grad = None if p.grad is None else ranks.sum(p.grad) / ranks.world
         optimizer.step()
         schedule.step()
         step_seconds.append(time.perf_counter() - started)
-        curve.append(value.item())
+        curve.append((ranks.sum(value.detach()) / ranks.world).item())
         progress.set_postfix(loss=f"{curve[-1]:.3f}")
     return Run(curve, _median(loss_seconds), _median(step_seconds), method)
+
+
+def ranks_of(process_group: Any) -> Batch:
+    """Rank and world of the group, for sums over it."""
+    name, rank, world, strategy, _ = span(process_group)
+    return Batch(name, rank, world, strategy, 1, None)
 
 
 def peak_memory(loss: str, n: int) -> float | None:
@@ -192,9 +217,16 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(*, steps: int, batch_size: int, out: Path) -> dict:
-    """Everything: both trainings, the figures, `demo.png` and `demo.json` in `out`."""
+def run(*, steps: int, batch_size: int, out: Path, process_group: Any = None) -> dict | None:
+    """Everything: both trainings, the figures, `demo.png` and `demo.json` in `out`.
+
+    Of several ranks all train with our loss, and the first does the rest; the others have no result.
+    """
     images = data.digits()
+    ranks = ranks_of(process_group)
+    if ranks.rank:
+        pretrain("sslkernels", images.train_images, steps=steps, batch_size=batch_size, process_group=process_group)
+        return None
 
     def accuracy(train: Tensor, test: Tensor) -> float:
         return 100 * knn_accuracy(train, images.train_labels, test, images.test_labels, k=NEIGHBORS)
@@ -203,10 +235,12 @@ def run(*, steps: int, batch_size: int, out: Path) -> dict:
         return accuracy(extract_features(method, images.train_images), extract_features(method, images.test_images))
 
     result: dict = {"steps": steps, "batch_size": batch_size, "threads": torch.get_num_threads()}
+    result["processes"] = ranks.world
     result["knn_raw_pixels"] = accuracy(images.train_images.flatten(1), images.test_images.flatten(1))
     result["knn_untrained"] = accuracy_of(new_method(images.train_images, seed=0))
-    for loss in LOSSES:
-        trained = pretrain(loss, images.train_images, steps=steps, batch_size=batch_size)
+    for loss in reversed(LOSSES):  # ours first, as other ranks wait for it
+        group = process_group if loss == "sslkernels" else None
+        trained = pretrain(loss, images.train_images, steps=steps, batch_size=batch_size, process_group=group)
         result[loss] = {
             "curve": trained.curve,
             "loss_ms": 1e3 * trained.loss_seconds,
@@ -222,16 +256,24 @@ def run(*, steps: int, batch_size: int, out: Path) -> dict:
     return result
 
 
-def run_method(name: str, *, steps: int | None, seconds: float, out: Path) -> dict:
-    """Train one preset for `steps`, or about `seconds`; the figures, `NAME.png` and `NAME.json` in `out`."""
+def run_method(name: str, *, steps: int | None, seconds: float, out: Path, process_group: Any = None) -> dict | None:
+    """Train one preset for `steps`, or about `seconds`; the figures, `NAME.png` and `NAME.json` in `out`.
+
+    Of several ranks the first alone has the result.
+    """
     from sslkernels.training import Training, steps_in
 
-    training = Training(name, steps=steps or steps_in(name, seconds))
+    steps = steps or steps_in(name, seconds, process_group=process_group)
+    training = Training(name, steps=steps, process_group=process_group)
+    if training.ranks.rank:
+        training.run()
+        return None
     before = training.accuracy()
     started = time.perf_counter()
     curve = training.run(progress=True)
     elapsed = time.perf_counter() - started
     result = {"method": name, "data": training.preset.data, "steps": len(curve), "seconds": elapsed}
+    result["processes"] = training.ranks.world
     result |= {"curve": curve, "before": before, "after": training.accuracy()}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -260,13 +302,17 @@ def plot_method(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main_method(name: str, *, steps: int | None, seconds: float, out: Path) -> None:
+def main_method(name: str, *, steps: int | None, seconds: float, out: Path, process_group: Any = None) -> None:
     """Train, and say in words what came of it."""
     from sslkernels.training import TITLES
 
-    data_name = PRESETS[name].data
-    print(f"{name} on the {data_name}, {f'{steps:,} steps' if steps else f'about {seconds:.0f} seconds'}\n")
-    result = run_method(name, steps=steps, seconds=seconds, out=out)
+    ranks = ranks_of(process_group)
+    if ranks.rank == 0:
+        length = f"{steps:,} steps" if steps else f"about {seconds:.0f} seconds"
+        print(f"{name} on the {PRESETS[name].data}, {length}{_in_processes(ranks.world)}\n")
+    result = run_method(name, steps=steps, seconds=seconds, out=out, process_group=process_group)
+    if result is None:
+        return
     print(f"\n{'held-out':<20}{'untrained':>12}{'trained':>12}")
     for how in result["after"]:
         print(f"{TITLES[how]:<20}{100 * result['before'][how]:>12.1f}{100 * result['after'][how]:>12.1f}")
@@ -275,6 +321,10 @@ def main_method(name: str, *, steps: int | None, seconds: float, out: Path) -> N
         "`python -m sslkernels show mae` draws what it fills in" if name == "mae" else "`make methods` trains all"
     )
     print(f"Next: {next_command}; docs/methods.md trains on your own data.")
+
+
+def _in_processes(world: int) -> str:
+    return f", in {world} processes" if world > 1 else ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,14 +348,22 @@ def main(arguments: list[str] | None = None) -> None:
     if args.method:
         if not args.seconds > 0:
             parser.error(f"--seconds must be positive, got {args.seconds}")
-        main_method(args.method, steps=8 if args.quick else args.steps, seconds=args.seconds, out=args.out)
+        steps = 8 if args.quick else args.steps
+        with launched() as group:
+            main_method(args.method, steps=steps, seconds=args.seconds, out=args.out, process_group=group)
         return
     steps, batch_size = (8, 64) if args.quick else (args.steps or 100, args.batch_size)
     most = len(data.digits().train_images)
     if not 2 <= batch_size <= most:
         parser.error(f"--batch-size must be between 2 and the {most:,} training images, got {batch_size}")
-    print(f"SimCLR on scikit-learn's digits: {steps} steps of {batch_size:,} pairs, twice from one seed\n")
-    result = run(steps=steps, batch_size=batch_size, out=args.out)
+    with launched() as group:
+        ranks = ranks_of(group)
+        if ranks.rank == 0:
+            print(f"SimCLR on scikit-learn's digits: {steps} steps of {batch_size:,} pairs, twice from one seed")
+            print(f"eager in one process, sslkernels{_in_processes(ranks.world)}\n" if ranks.world > 1 else "")
+        result = run(steps=steps, batch_size=batch_size, out=args.out, process_group=group)
+    if result is None:
+        return
     print("\n" + table(result))
     print(f"\nThe plot is {args.out / 'demo.png'}, the figures are {args.out / 'demo.json'}.")
     print("Next: `make bench` times every loss against what others ship; docs/methods.md trains on your own images.")

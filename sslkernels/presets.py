@@ -30,7 +30,7 @@ __all__ = ["PRESETS", "Preset"]
 
 
 class Preset(NamedTuple):
-    """`make(total_steps)` builds the method; momentum schedules end with the training.
+    """`make(total_steps, process_group=None)` builds the method; momentum schedules end with the training.
 
     `data` names the loader, `batch` what a step takes: "views" are two views of each image, "crops" two global and six
     local ones, "captions" one view and a caption, "images" and "clips" one view, "pairs" of words, "tokens" and
@@ -38,7 +38,7 @@ class Preset(NamedTuple):
     `Training.accuracy` tells.
     """
 
-    make: Callable[[int], Method]
+    make: Callable[..., Method]
     data: str = "digits"
     batch: str = "views"
     lr: float = 2e-3
@@ -92,19 +92,19 @@ def _codebook() -> Tensor:
     return PatchTokenizer.fit(data.photographs().train_images[::6], 128, patch_size=4, iterations=10).centroids
 
 
-def _beit(steps: int) -> Method:
+def _beit(steps: int, **span: Any) -> Method:
     backbone = _vit(class_token=False, weight_init="glorot", mean=(0.45, 0.43, 0.40), std=(0.27, 0.26, 0.27))
     return methods.BEiT(
-        backbone, PatchTokenizer(_codebook(), 4), num_codes=len(_codebook()), mask_options={"min_patches": 4}
+        backbone, PatchTokenizer(_codebook(), 4), num_codes=len(_codebook()), mask_options={"min_patches": 4}, **span
     )
 
 
-def _bert(steps: int) -> Method:
+def _bert(steps: int, **span: Any) -> Method:
     """One block over 14 short pieces of words, many of them hidden: a network of this size learns for some 500 steps
     how often a token occurs, and only then to look at its neighbours, the later the more there are of both. Whether one
     passage follows another it does not learn in a minute."""
     encoder = TextTransformer(256, max_length=16, embed_dim=64, depth=1, num_heads=8, weight_init="glorot")
-    return methods.BERT(encoder, ratio=0.4, next_sentence=False)
+    return methods.BERT(encoder, ratio=0.4, next_sentence=False, **span)
 
 
 _DIGITS: dict[str, Any] = {"batch": "images", "standardize": True, "lr": 3e-3}
@@ -131,27 +131,33 @@ def _teacher(steps: int) -> float:
 
 
 PRESETS: dict[str, Preset] = {
-    "simclr": Preset(lambda steps: methods.SimCLR(_cnn(), dim=32)),
-    "moco": Preset(lambda steps: methods.MoCo(_cnn(), dim=32, queue_size=512, momentum=0.99)),
+    "simclr": Preset(lambda steps, **span: methods.SimCLR(_cnn(), dim=32, **span)),
+    "moco": Preset(lambda steps, **span: methods.MoCo(_cnn(), dim=32, queue_size=512, momentum=0.99, **span)),
     "nnclr": Preset(
-        lambda steps: methods.NNCLR(_cnn(), dim=32, hidden_dim=64, predictor_dim=128, queue_size=512), lr=4e-3
+        lambda steps, **span: methods.NNCLR(_cnn(), dim=32, hidden_dim=64, predictor_dim=128, queue_size=512, **span),
+        lr=4e-3,
     ),
-    "clip": Preset(lambda steps: methods.CLIP(_cnn(), _text_encoder(), dim=32), batch="captions"),
-    "siglip": Preset(lambda steps: methods.SigLIP(_cnn(), _text_encoder(), dim=32), batch="captions", lr=4e-3),
+    "clip": Preset(lambda steps, **span: methods.CLIP(_cnn(), _text_encoder(), dim=32, **span), batch="captions"),
+    "siglip": Preset(
+        lambda steps, **span: methods.SigLIP(_cnn(), _text_encoder(), dim=32, **span), batch="captions", lr=4e-3
+    ),
     "byol": Preset(
-        lambda steps: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps), lr=4e-3
+        lambda steps, **span: methods.BYOL(_cnn(), dim=64, hidden_dim=256, momentum=0.99, total_steps=steps, **span),
+        lr=4e-3,
     ),
-    "simsiam": Preset(lambda steps: methods.SimSiam(_cnn(), dim=64, predictor_dim=16), lr=4e-3),
-    "barlow_twins": Preset(lambda steps: methods.BarlowTwins(_cnn(), dim=512, hidden_dim=256), lr=4e-3),
-    "vicreg": Preset(lambda steps: methods.VICReg(_cnn(), dim=256, hidden_dim=256), lr=4e-3),
+    "simsiam": Preset(lambda steps, **span: methods.SimSiam(_cnn(), dim=64, predictor_dim=16, **span), lr=4e-3),
+    "barlow_twins": Preset(lambda steps, **span: methods.BarlowTwins(_cnn(), dim=512, hidden_dim=256, **span), lr=4e-3),
+    "vicreg": Preset(lambda steps, **span: methods.VICReg(_cnn(), dim=256, hidden_dim=256, **span), lr=4e-3),
     "swav": Preset(
-        lambda steps: methods.SwAV(_cnn(), dim=64, hidden_dim=256, prototypes=300, freeze_prototypes_steps=steps // 10),
+        lambda steps, **span: methods.SwAV(
+            _cnn(), dim=64, hidden_dim=256, prototypes=300, freeze_prototypes_steps=steps // 10, **span
+        ),
         batch="crops",
         batch_size=64,
         lr=4e-3,
     ),
     "dino": Preset(
-        lambda steps: methods.DINO(
+        lambda steps, **span: methods.DINO(
             _cnn(),
             out_dim=256,
             head_options=_head(64),
@@ -159,12 +165,13 @@ PRESETS: dict[str, Preset] = {
             warmup_teacher_temp=0.02,
             momentum=0.95,
             total_steps=steps,
+            **span,
         ),
         batch="crops",
         batch_size=64,
     ),
     "ibot": Preset(
-        lambda steps: methods.IBOT(
+        lambda steps, **span: methods.IBOT(
             _vit(weight_init="glorot"),
             out_dim=256,
             head_options=_head(32),
@@ -172,11 +179,12 @@ PRESETS: dict[str, Preset] = {
             momentum=0.95,
             total_steps=steps,
             center_mode="sinkhorn_knopp",  # moving centers learn less in as many steps
+            **span,
         ),
         **_PHOTO_CROPS,
     ),
     "dinov2": Preset(
-        lambda steps: methods.DINOv2(
+        lambda steps, **span: methods.DINOv2(
             _vit(weight_init="glorot"),
             out_dim=256,
             head_options=_head(32, norm_last_layer=True),
@@ -184,27 +192,31 @@ PRESETS: dict[str, Preset] = {
             momentum=0.95,
             total_steps=steps,
             centering="sinkhorn_knopp",
+            **span,
         ),
         **_PHOTO_CROPS,
     ),
     "mae": Preset(
-        lambda steps: methods.MAE(_digit_vit("glorot"), decoder_dim=32, decoder_depth=1, decoder_heads=4),
+        lambda steps, **span: methods.MAE(
+            _digit_vit("glorot"), decoder_dim=32, decoder_depth=1, decoder_heads=4, **span
+        ),
         **_DIGITS,
     ),
-    "simmim": Preset(lambda steps: methods.SimMIM(_digit_vit("normal"), mask_patch_size=2), **_DIGITS),
+    "simmim": Preset(lambda steps, **span: methods.SimMIM(_digit_vit("normal"), mask_patch_size=2, **span), **_DIGITS),
     "videomae": Preset(
-        lambda steps: methods.VideoMAE(
+        lambda steps, **span: methods.VideoMAE(
             _clip_vit((4, 8, 8), "glorot"),
             mask_ratio=0.5,
             norm_pix_loss=False,
             decoder_dim=32,
             decoder_depth=1,
             decoder_heads=4,
+            **span,
         ),
         **_CLIPS,
     ),
     "vjepa": Preset(
-        lambda steps: methods.VJEPA(
+        lambda steps, **span: methods.VJEPA(
             _clip_vit((4, 4, 4)),
             predictor_dim=32,
             predictor_depth=2,
@@ -212,31 +224,33 @@ PRESETS: dict[str, Preset] = {
             momentum=_teacher(steps),
             final_momentum=1.0,
             total_steps=steps,
+            **span,
         ),
         **{**_CLIPS, "lr": 1e-3, "batch_size": 16},
     ),
     "ijepa": Preset(
-        lambda steps: methods.IJEPA(
+        lambda steps, **span: methods.IJEPA(
             _vit(class_token=False),
             predictor_dim=32,
             predictor_depth=2,
             predictor_heads=4,
             momentum=_teacher(steps),
             total_steps=steps,
+            **span,
         ),
         **_PHOTOGRAPHS,
         batch_size=32,
         lr=1e-3,
     ),
     "data2vec": Preset(
-        lambda steps: methods.Data2Vec(
-            _vit(), decoder_depth=2, masks=2, momentum=0.999, final_momentum=0.9999, anneal_steps=steps
+        lambda steps, **span: methods.Data2Vec(
+            _vit(), decoder_depth=2, masks=2, momentum=0.999, final_momentum=0.9999, anneal_steps=steps, **span
         ),
         **_PHOTOGRAPHS,
         batch_size=32,
     ),
     "word2vec": Preset(
-        lambda steps: methods.Word2Vec(words.word_pairs().vocabulary.counts, dim=64),
+        lambda steps, **span: methods.Word2Vec(words.word_pairs().vocabulary.counts, dim=64, **span),
         data="words",
         batch="pairs",
         batch_size=2048,
@@ -244,11 +258,11 @@ PRESETS: dict[str, Preset] = {
         scores="contexts",
     ),
     "cpc": Preset(
-        lambda steps: methods.CPC(SpeechGRU(ConvFeatureEncoder(_CPC_LAYERS, norm="layer"), dim=64)),
+        lambda steps, **span: methods.CPC(SpeechGRU(ConvFeatureEncoder(_CPC_LAYERS, norm="layer"), dim=64), **span),
         **{**_SPEECH, "batch_size": 8},
     ),
     "wav2vec2": Preset(
-        lambda steps: methods.Wav2Vec2(
+        lambda steps, **span: methods.Wav2Vec2(
             _speech_transformer(),
             dim=64,
             num_vars=16,  # two frames of one code are no distractors: few codes make an easier start
@@ -256,12 +270,13 @@ PRESETS: dict[str, Preset] = {
             penalty_weight=0.1,
             mask_ratio=0.5,
             mask_length=2,
+            **span,
         ),
         **_SPEECH,
     ),
     "hubert": Preset(
-        lambda steps: methods.HuBERT(
-            _speech_transformer(), copy.deepcopy(_units()), UNITS, dim=32, mask_ratio=0.5, mask_length=4
+        lambda steps, **span: methods.HuBERT(
+            _speech_transformer(), copy.deepcopy(_units()), UNITS, dim=32, mask_ratio=0.5, mask_length=4, **span
         ),
         **_SPEECH,
     ),

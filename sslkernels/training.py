@@ -10,11 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sslkernels import data, speech, text, video, words
+from sslkernels.distributed import Batch
+from sslkernels.distributed._group import span
 from sslkernels.evaluation import context_accuracy, extract_features, knn_accuracy, linear_probe
 from sslkernels.methods import BERT, Word2Vec
+from sslkernels.nn import global_batch_norm
 from sslkernels.presets import PRESETS
 
 __all__ = ["TITLES", "Training", "dataset", "steps_in"]
@@ -45,25 +49,45 @@ class Training:
 
     The learning rate rises over the first tenth of `steps` and falls to zero along a cosine. Masks are drawn from
     torch's default generator, whose state is part of `state()`.
+
+    With `process_group`, "world" or a group of torch.distributed, the ranks train as one process does: all draw the
+    same batch, each takes its part of the rows, batch norm and loss are of all rows, and DistributedDataParallel
+    averages. Losses, states and scores are the same on all ranks, and up to rounding those of one process.
     """
 
-    def __init__(self, name: str, *, steps: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        steps: int,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        process_group: Any = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.name, self.preset, self.steps, self.step = name, PRESETS[name], steps, 0
-        self.method = self.preset.make(steps)
+        group, rank, world, strategy, _ = span(process_group)
+        self.ranks = Batch(group, rank, world, strategy, 1, None)
+        self.method = self.preset.make(steps, process_group=process_group).to(dtype)
+        self.model: nn.Module = self.method
+        if not self.ranks.local:
+            self.model = _averaged(global_batch_norm(self.method, process_group), process_group)
         weights = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=self.preset.lr, weight_decay=self.preset.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
-        self.data = dataset(self.preset.data)
+        self.data = tree_map(lambda x: x.to(dtype) if _floating(x) else x, dataset(self.preset.data))
         if self.preset.standardize:
             items = self.data[0]
             axes = [0, *range(2, items.ndim)]  # all but the channels
             self.mean, self.std = items.mean(axes, keepdim=True), items.std(axes, keepdim=True)
 
     def batch(self, size: int | None = None) -> Any:
-        """What the method takes, from `size` training items drawn without replacement."""
+        """What the method takes, from `size` training items drawn without replacement; this rank's part of it."""
         chosen = torch.randperm(len(self.data[0]), generator=self.generator)[: size or self.preset.batch_size]
-        return BATCHES[self.preset.batch](self, chosen)
+        batch = BATCHES[self.preset.batch](self, chosen)
+        if self.ranks.local:
+            return batch
+        return tree_map(lambda x: x.tensor_split(self.ranks.world)[self.ranks.rank], batch)
 
     def standardize(self, items: Tensor) -> Tensor:
         """Transformers alone take standardised items: beside fixed positions, values in [0, 1] are hardly seen."""
@@ -74,22 +98,22 @@ class Training:
         return self.preset.lr * min(rising, (1 + math.cos(math.pi * self.step / self.steps)) / 2)
 
     def advance(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step; the loss before it and the metrics, detached."""
+        """One step; the loss before it, of all ranks, and this rank's metrics, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss, metrics = self.method(self.batch())
+        loss, metrics = self.model(self.batch())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.method.after_step(self.step)
         self.step += 1
-        return loss.detach(), metrics
+        return self.ranks.sum(loss.detach()) / self.ranks.world, metrics
 
     def run(self, steps: int | None = None, *, progress: bool = False) -> list[float]:
         """Train `steps` more, or to the end; the losses."""
         losses = []
         wanted = range(self.steps - self.step if steps is None else steps)
-        bar = _progress(wanted, self.name, hidden=not progress)
+        bar = _progress(wanted, self.name, hidden=not progress or self.ranks.rank > 0)
         for _ in bar:
             losses.append(self.advance()[0].item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
@@ -102,7 +126,14 @@ class Training:
 
     def accuracy(self) -> dict[str, float]:
         """What the method is worth on the held-out items: scores from 0 to 1, which `TITLES` names."""
-        return SCORES[self.preset.scores](self)
+        return SCORES[self.preset.scores](self if self.ranks.local else self.alone())
+
+    def alone(self) -> Training:
+        """The method as it is now, in this process and no others, to be looked at."""
+        with torch.random.fork_rng(devices=[]):
+            found = Training(self.name, steps=self.steps, dtype=next(self.method.parameters()).dtype)
+        found.method.load_state_dict(self.method.state_dict())
+        return found
 
     def state(self) -> dict[str, Any]:
         return {
@@ -214,13 +245,30 @@ TITLES = {
 }
 
 
-def steps_in(name: str, seconds: float) -> int:
-    """How many steps of this preset take `seconds` on this machine: timed on a few, after the first has warmed up."""
-    trial, warm, timed = Training(name, steps=100), 2, 5
+def steps_in(name: str, seconds: float, *, process_group: Any = None) -> int:
+    """How many steps of this preset take `seconds` on this machine: timed on a few, after the first has warmed up.
+
+    Of several ranks the mean, the same on all.
+    """
+    trial, warm, timed = Training(name, steps=100, process_group=process_group), 2, 5
     trial.run(warm)
     started = time.perf_counter()
     trial.run(timed)
-    return max(10, round(seconds * timed / (time.perf_counter() - started)))
+    steps = max(10, round(seconds * timed / (time.perf_counter() - started)))
+    return int(trial.ranks.sum(torch.tensor(steps))) // trial.ranks.world
+
+
+def _averaged(method: nn.Module, process_group: Any) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
+    group = None if isinstance(process_group, str) else process_group
+    # prototypes that are frozen at first have no gradient then
+    frozen = any(getattr(method, name, 0) for name in ("freeze_prototypes_steps", "freeze_last_layer_steps"))
+    return DistributedDataParallel(method, process_group=group, find_unused_parameters=frozen)
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _progress(steps: range, name: str, *, hidden: bool) -> Any:

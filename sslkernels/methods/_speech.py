@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,15 @@ class Heard(NamedTuple):
 
 class MaskedSpeech(Method):
     def __init__(
-        self, backbone: SpeechTransformer, *, mask_ratio: float, mask_length: int, feature_grad_mult: float
+        self,
+        backbone: SpeechTransformer,
+        *,
+        mask_ratio: float,
+        mask_length: int,
+        feature_grad_mult: float,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         check.ratio("mask_ratio", mask_ratio)
         check.integer("mask_length", mask_length, 1)
         if not 0 <= feature_grad_mult <= 1:
@@ -45,7 +51,7 @@ class MaskedSpeech(Method):
         raw = scale_gradient(self.backbone.encoder(waveforms), self.feature_grad_mult)
         penalty = raw.to(torch.promote_types(raw.dtype, torch.float32)).square().mean()
         features = self.backbone.feature_norm(raw)
-        mask = self.mask(features.shape[0], features.shape[1], generator)
+        mask = self.draw(features, lambda rows: self.mask(rows, features.shape[1], generator))
         x = self.backbone.project(features)
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         return Heard(features, mask, self.backbone.forward_tokens(x), penalty)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sslkernels.evaluation import spread
@@ -31,16 +33,22 @@ class BarlowTwins(Method):
     """
 
     def __init__(
-        self, backbone: nn.Module, *, dim: int = 8192, hidden_dim: int = 8192, lambda_param: float = 0.0051
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 8192,
+        hidden_dim: int = 8192,
+        lambda_param: float = 0.0051,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.backbone = backbone
         self.projector = nn.Sequential(
             nn.Linear(feature_dim(backbone), hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, dim, bias=False),
         )  # fmt: skip
-        self.criterion = BarlowTwinsLoss(lambda_param)
+        self.criterion = BarlowTwinsLoss(lambda_param, process_group=process_group)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         z0, z1 = (self.projector(self.backbone(view)) for view in batch)

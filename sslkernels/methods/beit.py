@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkernels.losses import masked_lm_loss
 from sslkernels.losses._common import IGNORE
 from sslkernels.methods._method import Method
 from sslkernels.nn import VisionTransformer
 from sslkernels.nn.transformer import init_linear
-from sslkernels.ops import block_mask, linear_cross_entropy
+from sslkernels.ops import block_mask
 
 
 class BEiT(Method):
@@ -54,8 +55,9 @@ class BEiT(Method):
         *,
         num_codes: int = 8192,
         mask_options: Mapping[str, Any] | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.mask_options = {**self.masks, **(mask_options or {})}
         self.backbone, self.tokenizer = backbone, tokenizer
         self.mask_token = nn.Parameter(torch.zeros(backbone.dim))
@@ -66,7 +68,8 @@ class BEiT(Method):
     def mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Random places (B, h, w) bool, True where hidden."""
         grid, device = self.backbone.grid(images), images.device
-        return block_mask(len(images), grid, device=device, generator=generator, **self.mask_options)
+        options = {"device": device, "generator": generator, **self.mask_options}
+        return self.draw(images, lambda rows: block_mask(rows, grid, **options))
 
     def forward(self, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         backbone, mask = self.backbone, self.mask(batch, generator).flatten(1)
@@ -79,7 +82,7 @@ class BEiT(Method):
         tokens = backbone.forward_tokens(tokens + backbone.positions(batch))[:, backbone.num_prefix_tokens :]
         # rows of visible patches are ignored, and cost nothing
         target = codes.masked_fill(~mask, IGNORE)
-        loss = linear_cross_entropy(tokens, self.head.weight, target, linear_bias=self.head.bias, ignore_index=IGNORE)
+        loss = masked_lm_loss(tokens, self.head.weight, target, self.head.bias, process_group=self.process_group)
         return loss, {"loss": loss.detach()}
 
     def encode(self, x: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ class BERT(Method):
         max_predictions: int = 20,
         continuations: Tensor | None = None,
         next_sentence: bool = True,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         vocab_size, dim = backbone.token_embed.weight.shape
         if continuations is not None and (continuations.shape != (vocab_size,) or continuations.dtype != torch.bool):
             got = f"{continuations.dtype} {tuple(continuations.shape)}"
@@ -99,18 +100,22 @@ class BERT(Method):
             wanted = "tokens" if self.next_sentence is None else "(tokens, segments, is_random)"
             raise ValueError(f"batch must be {wanted} for next_sentence={self.next_sentence is not None}")
         tokens, segments, is_random = (batch, None, None) if isinstance(batch, Tensor) else batch
-        inputs, labels = self.mask(tokens, generator)
+        everyone = self.whole(tokens).gather(tokens) if self.training else tokens
+        inputs, labels = self.draw(tokens, lambda rows: self.mask(everyone, generator))
         # a random token may be [PAD], and is none for that
         x = self.backbone.forward_features(inputs, segments, self.backbone.valid(tokens))
         # As many places of each row as a full one has, so that counting them waits for no device.
         slots = min(self.max_predictions, max(1, round(self.ratio * tokens.shape[1])))
         places = (labels != IGNORE).byte().topk(slots, dim=1).indices
         hidden = self.transform(gather_tokens(x, places))
-        mlm = masked_lm_loss(hidden, self.backbone.token_embed.weight, labels.gather(1, places), self.decoder_bias)
+        span = {"process_group": self.process_group}
+        mlm = masked_lm_loss(
+            hidden, self.backbone.token_embed.weight, labels.gather(1, places), self.decoder_bias, **span
+        )
         if self.pooler is None or self.next_sentence is None or is_random is None:
             return mlm, {"loss": mlm.detach()}
         logits = self.next_sentence(self.pooler(x[:, 0]))
-        nsp = next_sentence_loss(logits, is_random)
+        nsp = next_sentence_loss(logits, is_random, **span)
         metrics = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp}
         metrics["nsp_accuracy"] = (logits.argmax(dim=1) == is_random).float().mean()
         return mlm + nsp, {name: value.detach() for name, value in metrics.items()}

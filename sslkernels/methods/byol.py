@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class BYOL(Method):
         momentum: float = 0.996,
         total_steps: int | None = None,
         target_backbone: nn.Module | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         projector = _mlp(feature_dim(backbone), hidden_dim, dim)
         self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.predictor = _mlp(dim, hidden_dim, dim)
@@ -67,6 +69,7 @@ class BYOL(Method):
             target0, target1 = (self.target(view) for view in batch)
         loss = masked_regression(self.predictor(z0), target1, loss="normalized_l2")
         loss = loss + masked_regression(self.predictor(z1), target0, loss="normalized_l2")
+        loss = self.whole(z0).weigh(loss)
         return loss, {"loss": loss.detach(), "spread": spread(z0)}
 
     def after_step(self, step: int) -> None:

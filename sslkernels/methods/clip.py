@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,16 @@ class CLIP(Method):
         >>> loss, metrics = method((torch.rand(8, 1, 8, 8), torch.randint(100, (8, 5))))
     """
 
-    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, *, dim: int = 512) -> None:
-        super().__init__()
+    def __init__(
+        self, image_encoder: nn.Module, text_encoder: nn.Module, *, dim: int = 512, process_group: Any = None
+    ) -> None:
+        super().__init__(process_group)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.image_projection = nn.Linear(feature_dim(image_encoder), dim, bias=False)
         self.text_projection = nn.Linear(feature_dim(text_encoder), dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.criterion = ClipLoss()
+        self.criterion = ClipLoss(process_group=process_group)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit embeddings (B, dim)."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,15 +34,19 @@ class CPC(Method):
         >>> loss, metrics = method(torch.randn(2, 1, 20_480))
     """
 
-    def __init__(self, backbone: SpeechGRU, *, steps: int = 12, negatives: str = "batch") -> None:
-        super().__init__()
+    def __init__(
+        self, backbone: SpeechGRU, *, steps: int = 12, negatives: str = "batch", process_group: Any = None
+    ) -> None:
+        super().__init__(process_group)
         if any(isinstance(part, nn.GroupNorm) for part in backbone.encoder.modules()):
             raise ValueError(
                 'backbone.encoder must have norm="layer" or "none", got "group": a norm over time tells of the frames '
                 "that follow"
             )
         self.backbone = backbone
-        self.criterion = CPCLoss(backbone.dim, backbone.encoder.dim, steps, negatives=negatives)
+        self.criterion = CPCLoss(
+            backbone.dim, backbone.encoder.dim, steps, negatives=negatives, process_group=process_group
+        )
 
     def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.backbone.encoder(batch)

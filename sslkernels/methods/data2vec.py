@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,8 +63,9 @@ class Data2Vec(Method):
         momentum: float = 0.9998,
         final_momentum: float = 0.99999,
         anneal_steps: int = 100_000,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if cls_weight and backbone.num_prefix_tokens != 1:
             raise ValueError(f"the backbone must have a class token for cls_weight={cls_weight}; without one give 0")
         self.backbone = backbone
@@ -102,8 +103,9 @@ class Data2Vec(Method):
         """From the patches visible (B, M, K): the hidden ones (B, M, L - K, D), and the prefix tokens (B, M, P, D)."""
         prefix = self.backbone.num_prefix_tokens
         tokens = self.backbone.forward_features(images, visible)  # (B M, P + K, D)
+        width, options = (*hidden.shape[1:], tokens.shape[-1]), {"device": tokens.device, "dtype": tokens.dtype}
+        noise = self.noise * self.draw(images, lambda rows: torch.randn(rows, *width, **options)).flatten(0, 1)
         hidden = hidden.flatten(0, 1)
-        noise = self.noise * torch.randn(*hidden.shape, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype)
         place = torch.cat([visible.flatten(0, 1), hidden], dim=1).argsort(dim=1)  # of each patch in the next line
         x = gather_tokens(torch.cat([tokens[:, prefix:], noise], dim=1), place)
         x = self.decoder(x, self.backbone.grid(images), hidden)
@@ -118,15 +120,21 @@ class Data2Vec(Method):
 
     def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         y = self.targets(batch)
-        grid, count = self.backbone.grid(batch), len(batch) * self.masks
-        ids = inverse_block_mask(count, grid, **self.mask_options, device=batch.device)  # type: ignore[arg-type]
-        visible, hidden = (x.unflatten(0, (len(batch), self.masks)) for x in ids)
+        grid, options = self.backbone.grid(batch), {"device": batch.device, **self.mask_options}
+
+        def draw(rows: int) -> list[Tensor]:
+            ids = inverse_block_mask(rows * self.masks, grid, **options)  # type: ignore[arg-type]
+            return [x.unflatten(0, (rows, self.masks)) for x in ids]
+
+        visible, hidden = self.draw(batch, draw)
         prediction, prefix = self.predict(batch, visible, hidden)
-        loss = self.distance(prediction, y, hidden)
+        whole = self.whole(batch)
+        loss = whole.weigh(self.distance(prediction, y, hidden))
         metrics = {"target_std": _std(y), "prediction_std": _std(prediction)}
         if self.cls_weight:
             mean, first = y.mean(dim=1, keepdim=True), hidden.new_zeros(hidden.shape[:2])
-            loss = loss + self.distance(prefix[:, :, 0], mean, first, weight=self.cls_weight, reduction="sum")
+            summed = self.distance(prefix[:, :, 0], mean, first, weight=self.cls_weight, reduction="sum")
+            loss = loss + whole.world * summed
         return loss, {"loss": loss.detach(), **metrics}
 
     def after_step(self, step: int) -> None:

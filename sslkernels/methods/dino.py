@@ -71,8 +71,9 @@ class DINO(Method):
         freeze_last_layer_steps: int = 0,
         fused_head: bool = False,
         center_mode: str = "mean",
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         head = DINOHead(feature_dim(backbone), out_dim, **(head_options or {}))
         self.student = nn.Sequential(OrderedDict(backbone=backbone, head=head))
         schedule = "constant" if total_steps is None else "cosine"
@@ -83,6 +84,7 @@ class DINO(Method):
             student_temp=student_temp,
             center_momentum=center_momentum,
             center_mode=center_mode,
+            process_group=process_group,
         )
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_steps)
         self.fused_head = fused_head

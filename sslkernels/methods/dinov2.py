@@ -75,7 +75,9 @@ class DINOv2(IBOT):
 
     def forward(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.terms(batch, self.mask(batch))
-        apart = torch.stack([koleo_loss(crop) for crop in terms.features.chunk(2)]).sum()
+        apart = torch.stack(
+            [koleo_loss(crop, process_group=self.process_group) for crop in terms.features.chunk(2)]
+        ).sum()
         values = (terms.cls, terms.patch, apart)
         loss = sum((weight * value for weight, value in zip(self.loss_weights, values)), torch.zeros_like(apart))
         losses = {"loss": loss, **dict(zip(("cls_loss", "patch_loss", "koleo"), values))}

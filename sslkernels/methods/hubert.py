@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,10 @@ class HuBERT(MaskedSpeech):
         feature_grad_mult: float = 0.1,
         pred_nomask_weight: float = 0.0,
         penalty_weight: float = 10.0,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(backbone, mask_ratio=mask_ratio, mask_length=mask_length, feature_grad_mult=feature_grad_mult)
+        options: dict[str, Any] = {"mask_ratio": mask_ratio, "mask_length": mask_length}
+        super().__init__(backbone, feature_grad_mult=feature_grad_mult, process_group=process_group, **options)
         check.integer("num_classes", num_classes, 2)
         label_stride = getattr(labels, "stride", MFCC_STRIDE) if label_stride is None else label_stride
         check.integer("label_stride", label_stride, 1)
@@ -95,8 +98,9 @@ class HuBERT(MaskedSpeech):
             heard.mask,
             pred_nomask_weight=self.pred_nomask_weight,
             temperature=self.temperature,
+            process_group=self.process_group,
         )
-        loss = masked + self.penalty_weight * heard.penalty
+        loss = masked + self.penalty_weight * self.whole(batch).weigh(heard.penalty)
         return loss, {"loss": loss.detach(), "masked": masked.detach(), "penalty": heard.penalty.detach()}
 
     @torch.no_grad()

@@ -74,13 +74,19 @@ class IBOT(DINO):
         self.mask_options = {**self.masks, **(mask_options or {})}
         self.mask_token = nn.Parameter(torch.zeros(backbone.dim))
         options = {name: getattr(self.criterion, name) for name in ("student_temp", "center_mode", "center_momentum")}
+        options["process_group"] = self.process_group
         self.patch_criterion = IBOTPatchLoss(out_dim, **options)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def mask(self, batch: Sequence[Tensor], **options: Any) -> Tensor:
         """Random places (2B, h, w) bool, True where hidden; on the CPU, so that counting them waits for no device."""
         grid = cast(VisionTransformer, self.backbone).grid(batch[0])
-        return block_mask(2 * len(batch[0]), grid, **{**self.mask_options, **options})
+
+        def draw(rows: int) -> Tensor:  # (rows, 2, h, w)
+            mask = block_mask(2 * rows, grid, **{**self.mask_options, **options})
+            return mask.unflatten(0, (2, rows)).transpose(0, 1)
+
+        return self.draw(batch[0], draw).transpose(0, 1).flatten(0, 1)
 
     def masked_tokens(self, images: Tensor, mask: Tensor) -> Tensor:
         """The student's tokens (2B, 1 + L, dim) of images whose masked patches it does not see."""

@@ -51,8 +51,9 @@ class IJEPA(Method):
         momentum: float = 0.996,
         total_steps: int | None = None,
         mask_options: Mapping[str, Any] | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if backbone.num_prefix_tokens:
             raise ValueError("the backbone must have no class token: VisionTransformer(class_token=False)")
         self.backbone = backbone
@@ -66,7 +67,8 @@ class IJEPA(Method):
     def masks(self, images: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Random ids of the context (B, K) and of the blocks to predict (B, M, T)."""
         grid = self.backbone.grid(images)
-        return multiblock_mask(len(images), grid, device=images.device, **self.mask_options, **options)
+        options = {"device": images.device, **self.mask_options, **options}
+        return self.draw(images, lambda rows: multiblock_mask(rows, grid, **options))
 
     def predict(self, images: Tensor, context: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """What the predictor makes of the context for the blocks (B, M, T, D), and all target features (B, L, D)."""
@@ -79,6 +81,7 @@ class IJEPA(Method):
         context, blocks = self.masks(batch)
         prediction, target = self.predict(batch, context, blocks)
         loss = masked_regression(prediction, target, blocks, loss="smooth_l1", normalize_target=True)
+        loss = self.whole(batch).weigh(loss)
         return loss, {"loss": loss.detach(), "spread": spread(target.mean(dim=1))}
 
     def after_step(self, step: int) -> None:

@@ -43,8 +43,9 @@ class MAE(Method):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         decoder_bias: bool = True,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.mask_ratio = mask_ratio
         self.backbone = backbone
         # how masked_patch_loss makes the target
@@ -64,13 +65,15 @@ class MAE(Method):
     def mask(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Ids of the visible and of the masked patches, drawn for each image."""
         length = math.prod(self.backbone.grid(images))
-        return random_mask(len(images), length, self.mask_ratio, device=images.device, generator=generator)
+        options: dict[str, Any] = {"device": images.device, "generator": generator}
+        return self.draw(images, lambda rows: random_mask(rows, length, self.mask_ratio, **options))
 
     def forward(self, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         visible, masked = self.mask(batch, generator)
         tokens = self.backbone.forward_features(batch, visible)
         pred = self.decoder(tokens, visible, self.backbone.grid(batch), masked)
         loss = masked_patch_loss(pred, batch, masked, self.backbone.patch_size, **self.target)
+        loss = self.whole(batch).weigh(loss)
         return loss, {"loss": loss.detach()}
 
     def encode(self, x: Tensor) -> Tensor:

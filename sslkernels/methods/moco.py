@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class MoCo(Method):
 
     The key encoder gets no gradient; its batch norm statistics are its own. `mlp=True` is v2's head (with its
     temperature 0.2, to be given), else one linear layer. Evaluation mode touches neither key encoder nor queue.
-    Shuffled batch norm is a matter between processes, and is not done here.
+    Batch norm is not shuffled between processes.
 
     Source: facebookresearch/moco `moco/builder.py::MoCo`.
 
@@ -43,16 +44,17 @@ class MoCo(Method):
         momentum: float = 0.999,
         temperature: float = 0.07,
         mlp: bool = False,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
         self.momentum = momentum
         self.backbone = backbone
         self.head = ProjectionHead(feature_dim(backbone), dim, num_layers=2 if mlp else 1)
         self.key_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
-        self.queue = MemoryQueue(queue_size, dim)
-        self.criterion = InfoNCELoss(temperature, normalize=False)
+        self.queue = MemoryQueue(queue_size, dim, generator=torch.default_generator, process_group=process_group)
+        self.criterion = InfoNCELoss(temperature, normalize=False, process_group=process_group)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from sslkernels.losses import InfoNCELoss, MemoryQueue
@@ -42,15 +45,16 @@ class NNCLR(Method):
         predictor_dim: int = 4096,
         queue_size: int = 98304,
         temperature: float = 0.1,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.backbone = backbone
         self.head = ProjectionHead(feature_dim(backbone), dim, hidden_dim=hidden_dim, num_layers=3, batch_norm=True)
         self.predictor = nn.Sequential(
             nn.Linear(dim, predictor_dim), nn.BatchNorm1d(predictor_dim), nn.ReLU(), nn.Linear(predictor_dim, dim)
         )
-        self.queue = MemoryQueue(queue_size, dim)
-        self.criterion = InfoNCELoss(temperature)
+        self.queue = MemoryQueue(queue_size, dim, generator=torch.default_generator, process_group=process_group)
+        self.criterion = InfoNCELoss(temperature, process_group=process_group)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         z0, z1 = (self.head(self.backbone(view)) for view in batch)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,17 @@ class SigLIP(Method):
         >>> loss, metrics = method((torch.rand(8, 1, 8, 8), torch.randint(100, (8, 5))))
     """
 
-    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, *, dim: int = 512) -> None:
-        super().__init__()
+    def __init__(
+        self, image_encoder: nn.Module, text_encoder: nn.Module, *, dim: int = 512, process_group: Any = None
+    ) -> None:
+        super().__init__(process_group)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.image_projection = nn.Linear(feature_dim(image_encoder), dim)
         self.text_projection = nn.Linear(feature_dim(text_encoder), dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        self.criterion = SigLipLoss()
+        self.criterion = SigLipLoss(process_group=process_group)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit embeddings (B, dim)."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,19 @@ class SimCLR(Method):
         >>> loss, metrics = SimCLR(ResidualCNN(in_chans=1))((torch.rand(8, 1, 8, 8), torch.rand(8, 1, 8, 8)))
     """
 
-    def __init__(self, backbone: nn.Module, *, dim: int = 128, temperature: float = 0.1, num_layers: int = 3) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int = 128,
+        temperature: float = 0.1,
+        num_layers: int = 3,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(process_group)
         self.backbone = backbone
         self.head = ProjectionHead(feature_dim(backbone), dim, num_layers=num_layers, batch_norm=True)
-        self.criterion = NTXentLoss(temperature)
+        self.criterion = NTXentLoss(temperature, process_group=process_group)
 
     def project(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The two views' projections (B, dim), not yet normalised: the input of the loss."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,15 @@ class SimMIM(Method):
         >>> loss, metrics = method(torch.rand(8, 3, 32, 32))
     """
 
-    def __init__(self, backbone: VisionTransformer, *, mask_ratio: float = 0.6, mask_patch_size: int = 32) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        *,
+        mask_ratio: float = 0.6,
+        mask_patch_size: int = 32,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(process_group)
         if len(backbone.patch_size) != 2 or any(mask_patch_size % size for size in backbone.patch_size):
             raise ValueError(
                 f"mask_patch_size must be a multiple of the backbone's patches of {backbone.patch_size}, "
@@ -56,7 +64,8 @@ class SimMIM(Method):
         count = math.ceil(self.mask_ratio * rows * columns)
         # half a cell less: random_mask rounds the number of visible ones down
         ratio = (count - 0.5) / (rows * columns)
-        cells = random_mask(len(images), rows * columns, ratio, device=images.device, generator=generator)
+        options: dict[str, Any] = {"device": images.device, "generator": generator}
+        cells = self.draw(images, lambda n: random_mask(n, rows * columns, ratio, **options))
         p, q = (size // patch for patch in self.backbone.patch_size)  # patches of a cell
         patches = torch.arange(rows * p * columns * q, device=images.device).view(rows, p, columns, q)
         table = patches.transpose(1, 2).reshape(rows * columns, p * q)
@@ -80,6 +89,7 @@ class SimMIM(Method):
             mean=backbone.mean,
             std=backbone.std,
         )
+        loss = self.whole(batch).weigh(loss)
         return loss, {"loss": loss.detach()}
 
     def encode(self, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sslkernels.evaluation import spread
@@ -29,8 +31,10 @@ class SimSiam(Method):
         >>> loss, metrics = SimSiam(ResidualCNN(in_chans=1))((torch.rand(8, 1, 8, 8), torch.rand(8, 1, 8, 8)))
     """
 
-    def __init__(self, backbone: nn.Module, *, dim: int = 2048, predictor_dim: int = 512) -> None:
-        super().__init__()
+    def __init__(
+        self, backbone: nn.Module, *, dim: int = 2048, predictor_dim: int = 512, process_group: Any = None
+    ) -> None:
+        super().__init__(process_group)
         width = feature_dim(backbone)
         self.backbone = backbone
         self.projector = nn.Sequential(
@@ -49,7 +53,7 @@ class SimSiam(Method):
         # the op's gradient goes to its first argument alone
         distance = masked_regression(self.predictor(z0), z1, loss="cosine")
         distance = distance + masked_regression(self.predictor(z1), z0, loss="cosine")
-        loss = distance / 2 - 1
+        loss = self.whole(z0).weigh(distance / 2 - 1)
         return loss, {"loss": loss.detach(), "spread": spread(z0)}
 
     def encode(self, x: Tensor) -> Tensor:

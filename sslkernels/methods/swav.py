@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,21 +53,23 @@ class SwAV(Method):
         freeze_prototypes_steps: int = 313,
         queue_size: int = 0,
         queue_start: int = 0,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.backbone = backbone
         self.projector = nn.Sequential(
             nn.Linear(feature_dim(backbone), hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, dim),
         )  # fmt: skip
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
-        self.criterion = SwaVLoss(temperature, sinkhorn_iterations, epsilon)
+        self.criterion = SwaVLoss(temperature, sinkhorn_iterations, epsilon, process_group=process_group)
         self.freeze_prototypes_steps, self.queue_size, self.queue_start = (
             freeze_prototypes_steps,
             queue_size,
             queue_start,
         )
-        self.queues = nn.ModuleList(MemoryQueue(queue_size, dim) for _ in range(2 if queue_size else 0))
+        queue: dict[str, Any] = {"generator": torch.default_generator, "process_group": process_group}
+        self.queues = nn.ModuleList(MemoryQueue(queue_size, dim, **queue) for _ in range(2 if queue_size else 0))
         self.step = self.queued = 0
 
     def forward(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,7 +89,7 @@ class SwAV(Method):
         if self.training and self.queue_size and self.step >= self.queue_start:
             for queue, embedding in zip(self.queues, z.detach().chunk(len(batch))):
                 queue(embedding)
-            self.queued += len(batch[0])
+            self.queued += int(self.whole(batch[0]).total(z))
         return loss, {"loss": loss.detach(), "spread": spread(z[: len(batch[0])])}
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sslkernels.evaluation import spread
@@ -41,15 +43,16 @@ class VICReg(Method):
         mu_param: float = 25.0,
         nu_param: float = 1.0,
         variant: str = "code",
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.backbone = backbone
         self.expander = nn.Sequential(
             nn.Linear(feature_dim(backbone), hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, dim, bias=False),
         )  # fmt: skip
-        self.criterion = VICRegLoss(lambda_param, mu_param, nu_param, variant=variant)
+        self.criterion = VICRegLoss(lambda_param, mu_param, nu_param, variant=variant, process_group=process_group)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         z0, z1 = (self.expander(self.backbone(view)) for view in batch)

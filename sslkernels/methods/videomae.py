@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class VideoMAE(MAE):
         decoder_dim: int = 384,
         decoder_depth: int = 4,
         decoder_heads: int = 6,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -49,6 +52,7 @@ class VideoMAE(MAE):
             decoder_depth=decoder_depth,
             decoder_heads=decoder_heads,
             decoder_bias=False,
+            process_group=process_group,
         )
         self.target = {"normalize": "channel" if norm_pix_loss else None, "mean": None, "std": None}
         if len(backbone.patch_size) != 3:
@@ -56,4 +60,5 @@ class VideoMAE(MAE):
 
     def mask(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         frames, *grid = self.backbone.grid(images)
-        return tube_mask(len(images), frames, tuple(grid), self.mask_ratio, device=images.device, generator=generator)
+        options: dict[str, Any] = {"device": images.device, "generator": generator}
+        return self.draw(images, lambda rows: tube_mask(rows, frames, tuple(grid), self.mask_ratio, **options))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -52,8 +53,9 @@ class VJEPA(Method):
         momentum: float = 0.99925,
         final_momentum: float | None = None,
         total_steps: int | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if len(backbone.patch_size) != 3 or backbone.num_prefix_tokens:
             raise ValueError(
                 "the backbone must take clips and have no class token, got "
@@ -85,10 +87,11 @@ class VJEPA(Method):
             h = cast(VisionTransformer, self.teacher.module).forward_features(batch)
         losses = []
         for i, options in enumerate(self.masks):
-            context, target = multiblock3d_mask(len(batch), grid, device=batch.device, generator=generator, **options)
+            options = {"grid": grid, "device": batch.device, "generator": generator, **options}
+            context, target = self.draw(batch, partial(multiblock3d_mask, **options))
             z = self.predictor(self.backbone.forward_features(batch, context), context, target, grid, mask=i)
             losses.append(masked_regression(z, h, target, loss="l1", normalize_target=True))
-        loss = torch.stack(losses).mean()
+        loss = self.whole(batch).weigh(torch.stack(losses).mean())
         return loss, {"loss": loss.detach(), **{f"mask{i}": part.detach() for i, part in enumerate(losses)}}
 
     def after_step(self, step: int) -> None:

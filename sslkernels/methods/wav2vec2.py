@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +54,15 @@ class Wav2Vec2(MaskedSpeech):
         feature_grad_mult: float = 0.1,
         diversity_weight: float = 0.1,
         penalty_weight: float = 10.0,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(backbone, mask_ratio=mask_ratio, mask_length=mask_length, feature_grad_mult=feature_grad_mult)
+        options: dict[str, Any] = {"mask_ratio": mask_ratio, "mask_length": mask_length}
+        super().__init__(backbone, feature_grad_mult=feature_grad_mult, process_group=process_group, **options)
         self.quantizer = GumbelVectorQuantizer(backbone.encoder.dim, num_vars, quantizer_temp, groups, vq_dim=dim)
         self.project_q = nn.Linear(dim, dim)
         self.final_proj = nn.Linear(backbone.dim, dim)
-        self.criterion = Wav2Vec2Loss(num_negatives, temperature, diversity_weight, penalty_weight)
+        weights = diversity_weight, penalty_weight
+        self.criterion = Wav2Vec2Loss(num_negatives, temperature, *weights, process_group=process_group)
         self.updates = 0
 
     def forward(self, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:

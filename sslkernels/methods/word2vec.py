@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,9 @@ class Word2Vec(Method):
         negatives: int = 5,
         sample: float = 1e-3,
         sparse: bool = False,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         check.tensor("counts", counts)
         check.integer("dim", dim, 1)
         check.integer("window", window, 1)
@@ -83,10 +85,11 @@ class Word2Vec(Method):
         self, batch: tuple[Tensor, Tensor], *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, outputs = batch
-        draws = self.table.sample(len(outputs), self.negatives, generator=generator)
+        draws = self.draw(outputs, lambda rows: self.table.sample(rows, self.negatives, generator=generator))
         loss = skipgram(
             self.input_weight, self.output_weight, inputs, outputs, draws, reduction="mean", sparse=self.sparse
         )
+        loss = self.whole(outputs).weigh(loss)
         return loss, {"loss": loss.detach()}
 
     def fit(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small backbones, decoders and heads, for tests, demos and small data; any other `nn.Module` does as well."""
 
+from sslkernels.nn.batch_norm import GlobalBatchNorm, global_batch_norm
 from sslkernels.nn.convolutional import ProjectionHead, ResidualCNN, feature_dim
 from sslkernels.nn.decoders import ConvolutionalDecoder, MaskedDecoder, Predictor
 from sslkernels.nn.heads import DINOHead, WeightNormLinear
@@ -15,6 +16,7 @@ __all__ = [
     "ConvPositionalEmbedding",
     "ConvolutionalDecoder",
     "DINOHead",
+    "GlobalBatchNorm",
     "GumbelVectorQuantizer",
     "MaskedDecoder",
     "PatchTokenizer",
@@ -29,5 +31,6 @@ __all__ = [
     "VisionTransformer",
     "WeightNormLinear",
     "feature_dim",
+    "global_batch_norm",
     "sincos_positions",
 ]
