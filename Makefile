@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo [METHOD=mae] | test | bench | methods | gpu | lint | wheel | info | clean. Everything runs in .venv, which is made when it is missing.
+# make demo [METHOD=mae] [PROCESSES=2] | test | bench | methods | gpu | lint | wheel | info | clean. Everything runs in .venv, which is made when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cp
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built $(VENV)/.demo
-	$(BIN)/python -m sslkernels.demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
+	$(BIN)/$(if $(PROCESSES),torchrun --standalone --nproc_per_node $(PROCESSES),python) -m sslkernels.demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
 
 # One thread: on few or busy cores, threads that wait for each other cost minutes. Tests that are about threads set them.
 test wheel: export OMP_NUM_THREADS ?= 1
