@@ -9,10 +9,12 @@ word. So each rank sends a text of what it brings to all, in one exchange of 1 K
 from __future__ import annotations
 
 import hashlib
+import struct
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,16 +42,15 @@ def _describe(tensors: Sequence[Tensor], wanted: Sequence[bool], what: str, name
     return "\n".join(lines)
 
 
-def _pack(failed: bool, rows: Sequence[int], text: str) -> list[int]:
+def _pack(failed: bool, rows: Sequence[int], text: str) -> Tensor:
     data = text.encode()
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
-    data = data[:TEXT].ljust(TEXT, b"\0")
-    words = [int.from_bytes(data[i : i + 8], "big", signed=True) for i in range(0, TEXT, 8)]
-    return [failed, digest, *rows[:ROWS], *[0] * (ROWS - len(rows)), *words]
+    header = struct.pack(f"={2 + ROWS}q", failed, digest, *rows[:ROWS], *[0] * (ROWS - len(rows)))
+    return torch.frombuffer(bytearray(header + data[:TEXT].ljust(TEXT, b"\0")), dtype=torch.int64)
 
 
-def _text(words: list[int]) -> str:
-    data = b"".join(word.to_bytes(8, "big", signed=True) for word in words[2 + ROWS :])
+def _text(words: Tensor) -> str:
+    data = b"".join(word.to_bytes(8, sys.byteorder, signed=True) for word in words[2 + ROWS :].tolist())
     return data.rstrip(b"\0").decode(errors="replace")
 
 
@@ -57,9 +58,9 @@ def _leading(tensors: Sequence[Tensor]) -> list[int]:
     return [x.shape[0] if x.ndim else 1 for x in tensors]
 
 
-def _tell(values: Sequence[str], ranks: Sequence[int]) -> str:
+def _tell(values: Sequence[Any], ranks: Sequence[int]) -> str:
     """ "a on ranks 0, 1; b on rank 2": what most ranks have comes first."""
-    found: dict[str, list[int]] = {}
+    found: dict[Any, list[int]] = {}
     for rank, value in zip(ranks, values):
         found.setdefault(value, []).append(rank)
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
@@ -68,39 +69,38 @@ def _tell(values: Sequence[str], ranks: Sequence[int]) -> str:
 
 def _compare(table: Tensor, names: Sequence[str], ranks: Sequence[int], uneven: bool) -> None:
     """Raise where the rows differ, with the ranks and what differs."""
-    if bool(table[:, 0].any()):
-        failed = int(table[:, 0].nonzero()[0])
-        raise RuntimeError(f"rank {ranks[failed]} raised {_text(table[failed].tolist())}")
-    what = _text(table[0].tolist()).split("\n")[0].removeprefix("loss=")
-    if len(set(table[:, 1].tolist())) > 1:
-        fields = [dict(line.split("=", 1) for line in _text(row).split("\n") if "=" in line) for row in table.tolist()]
-        for name in dict.fromkeys(name for field in fields for name in field):
-            values = [field.get(name, "none") for field in fields]
-            if len(set(values)) > 1:
-                matter = (
-                    "the ranks call different losses" if name == "loss" else f"{what}: the ranks disagree on {name}"
-                )
-                raise RuntimeError(f"{matter}: {_tell(values, ranks)}")
-        raise RuntimeError(
-            f"{what}: the ranks disagree on arguments beyond the {TEXT} bytes of text that they exchange"
-        )
-    rows = table[:, 2]
-    most = int(rows.argmax())
-    for name, sizes in zip(names, table[:, 2 : 2 + ROWS].T):
-        in_step = uneven and int(rows[most]) > 0 and bool((sizes * rows[most] == sizes[most] * rows).all())
-        if in_step or bool((sizes == sizes[0]).all()):
+    failed, digests, *leading = zip(*table[:, : 2 + ROWS].tolist())
+    if any(failed):
+        first = failed.index(1)
+        raise RuntimeError(f"rank {ranks[first]} raised {_text(table[first])}")
+    if len(set(digests)) > 1:
+        _tell_texts([_text(words) for words in table], ranks)
+    rows = leading[0]
+    most = rows.index(max(rows))
+    for name, sizes in zip(names, leading):
+        in_step = uneven and rows[most] > 0 and all(n * rows[most] == sizes[most] * r for n, r in zip(sizes, rows))
+        if in_step or len(set(sizes)) == 1:
             continue
+        what = _text(table[0]).split("\n")[0].removeprefix("loss=")
         hint = "" if uneven else "; batches of different sizes need check='step'"
-        raise RuntimeError(
-            f"{what}: the ranks disagree on the rows of {name}: {_tell(list(map(str, sizes.tolist())), ranks)}{hint}"
-        )
+        raise RuntimeError(f"{what}: the ranks disagree on the rows of {name}: {_tell(sizes, ranks)}{hint}")
 
 
-def _exchange(words: list[int], like: Tensor | None, world: int, group: str) -> Tensor:
+def _tell_texts(texts: Sequence[str], ranks: Sequence[int]) -> NoReturn:
+    fields = [dict(line.split("=", 1) for line in text.split("\n") if "=" in line) for text in texts]
+    what = fields[0]["loss"]
+    for name in dict.fromkeys(name for field in fields for name in field):
+        values = [field.get(name, "none") for field in fields]
+        if len(set(values)) > 1:
+            matter = "the ranks call different losses" if name == "loss" else f"{what}: the ranks disagree on {name}"
+            raise RuntimeError(f"{matter}: {_tell(values, ranks)}")
+    raise RuntimeError(f"{what}: the ranks disagree on arguments beyond the {TEXT} bytes of text that they exchange")
+
+
+def _exchange(words: Tensor, like: Tensor | None, world: int, group: str) -> Tensor:
     """What every rank describes, (world, WORDS), on the CPU."""
     device = "cpu" if collectives.has_cpu_backend(group) else "cuda" if like is None else like.device
-    mine = torch.tensor(words, device=device)
-    return collectives.gather_words(mine, world, group).cpu()
+    return collectives.gather_words(words.to(device), world, group).cpu()
 
 
 def _agree(xs, wanted, what, names, numbers, world, group) -> Tensor:
