@@ -190,7 +190,7 @@ def table(result: dict) -> str:
 def _compared(name: str, eager: float | None, ours: float | None) -> tuple[str, str, str, str]:
     if eager is None or ours is None:
         return name, "not measured", "not measured", ""
-    return name, f"{eager:.1f}", f"{ours:.1f}", f"{eager / ours:.1f}x less" if ours > 0 else ""
+    return name, f"{eager:.1f}", f"{ours:.1f}", f"{eager / ours:.1f}x less" if 0 < ours < eager else ""
 
 
 def plot(result: dict, path: Path) -> None:
@@ -324,7 +324,7 @@ def main_method(name: str, *, steps: int | None, seconds: float, out: Path, proc
 
 
 def _in_processes(world: int) -> str:
-    return f", in {world} processes" if world > 1 else ""
+    return f" in {world} processes" if world > 1 else ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
         ranks = ranks_of(group)
         if ranks.rank == 0:
             print(f"SimCLR on scikit-learn's digits: {steps} steps of {batch_size:,} pairs, twice from one seed")
-            print(f"eager in one process, sslkernels{_in_processes(ranks.world)}\n" if ranks.world > 1 else "")
+            print(f"eager in one process, ours{_in_processes(ranks.world)}\n" if ranks.world > 1 else "")
         result = run(steps=steps, batch_size=batch_size, out=args.out, process_group=group)
     if result is None:
         return
