@@ -163,6 +163,6 @@ def _way(batch: Batch, travels: Tensor) -> tuple[Any, ...]:
 
 
 def _route(batch: Batch, travels: Tensor) -> tuple[Any, ...]:
-    """With whether backward may take what "gather" brought: not where its size is known at run time alone."""
+    """With whether backward may take what "gather" brought: a compiler must know its size beforehand."""
     *way, name = _way(batch, travels)
-    return *way, way[0] is None, name
+    return *way, way[0] is None or not torch.compiler.is_compiling(), name
