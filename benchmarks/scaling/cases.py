@@ -12,8 +12,10 @@ from torch import Tensor
 
 from benchmarks.case import SEED, Contender, Inputs, recast
 from benchmarks.cases import contrastive as inputs
+from benchmarks.cases import correlation
 from benchmarks.contenders import distributed as peers
 from benchmarks.formulas import contrastive as formulas
+from benchmarks.formulas import correlation as correlation_formulas
 from sslkernels import losses
 from sslkernels.distributed import STRATEGIES, Group
 
@@ -75,5 +77,9 @@ LOSSES = {
             peers=(Contender("open_clip", peers.open_clip_clip, f"open_clip, {peers.RIGHT_FLAGS}"),),
         ),
         Loss("siglip_loss", losses.siglip_loss, inputs.siglip_inputs, formulas.siglip, STRATEGIES),
+        Loss(
+            "barlow_twins_loss", losses.barlow_twins_loss, correlation.barlow_inputs, correlation_formulas.barlow_twins,
+            STRATEGIES,
+        ),
     )
 }  # fmt: skip

@@ -16,7 +16,7 @@ from benchmarks.scaling.traffic import sent
 
 WORLD = 2  # that is timed: as many as there are cores
 CHECKED = {"n": 48, "D": 24}
-COUNTED = {"n": 6, "D": 5}
+COUNTED = {"n": 6, "D": 64}
 SHORTEST = 0.05  # seconds of a sample
 
 
@@ -36,6 +36,7 @@ TIMED = (
     Shape("clip_loss", 1024, 128),
     Shape("clip_loss", 2048, 512),
     Shape("siglip_loss", 2048, 512),
+    Shape("barlow_twins_loss", 256, 2048),
 )
 WEIGHED = (Shape("nt_xent", 256, 1024), Shape("clip_loss", 512, 1024))  # 2 MiB of features travel from each rank
 WORLDS = (1, 2, 4, 8)
@@ -95,7 +96,7 @@ def run(rounds: int, what: list[str], losses: list[str], say: Say = print) -> di
         file.write_text(dump(results))
 
     if "links" in what:
-        results["links"] = launch(WORLD, {"job": "links", "rounds": rounds}, REGIMES["kept"])[0]
+        results |= launch(WORLD, {"job": "links", "rounds": rounds}, REGIMES["kept"])[0]
         keep()
     if "bytes" in what:
         for loss in losses:

@@ -7,10 +7,12 @@ docs/scaling.md derives what is added up here from `sslkernels/distributed/_trip
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from benchmarks.scaling.traffic import Trip
+from benchmarks.scaling.traffic import TRIPS, Trip, reduction
+from sslkernels.distributed._product import PANEL_BYTES
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Machine(Protocol):
 
     def flops(self, part: str) -> float: ...  # a second, "forward" or "backward"
 
-    def seconds(self, kind: str, sent: float, world: int) -> float: ...  # kind: swap, gather, scatter or exchange
+    def seconds(self, kind: str, sent: float, world: int) -> float: ...  # kind: swap, gather, scatter, exchange or sum
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,15 @@ class Cluster:
         return self.peak * self.achieved
 
     def seconds(self, kind: str, sent: float, world: int) -> float:
+        messages = {"swap": 0.0, "sum": 2 * math.log2(world)}.get(kind, world - 1.0)  # a sum has a tree
         if world <= self.node:
-            latency = self.step * (world - 1) if kind != "swap" else 0.0
-            return self.inner.seconds(sent) + latency
+            return self.inner.seconds(sent) + self.step * messages
         if kind == "swap":
             return self.outer.seconds(sent)
         beyond = sent * (world - self.node) / (world - 1)  # for other nodes
         cards = 1 if kind == "exchange" else self.node  # what all need crosses once a node
         across = beyond / (cards * self.outer.bandwidth)
-        return self.outer.latency + self.step * (world - 1) + max(sent / self.inner.bandwidth, across)
+        return self.outer.latency + self.step * messages + max(sent / self.inner.bandwidth, across)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ class Half:
         return (world - 1) / 2 if self.trip.half else world - 1
 
     def seconds(self, machine: Machine, strategy: str, world: int) -> float:
+        alone = self.work(self.local, machine)
         if world == 1:
-            return self.work(self.local, machine)
-        return self._gather(machine, world) if strategy == "gather" else self._ring(machine, strategy, world)
+            return alone
+        sums = machine.seconds("sum", reduction(self.trip.reduced, world), world) if self.trip.reduced else 0.0
+        if not self.trip.cargo:  # the sum of a product's panels, beside the next one
+            return beside(alone, sums, machine.overlap)
+        return sums + (self._gather(machine, world) if strategy == "gather" else self._ring(machine, strategy, world))
 
     def _gather(self, machine: Machine, world: int) -> float:
         trip, others = self.trip, (world - 1) * self.rows
@@ -119,7 +125,8 @@ class Half:
             self._blocks(world) * self.work(self.products, machine) + 2 * machine.visit
         )  # below and above the own rows
         out = machine.seconds("gather", others * (trip.cargo - trip.kept), world)
-        home = machine.seconds("scatter" if trip.summed else "exchange", others * trip.found, world)
+        way = "scatter" if trip.summed else "exchange"
+        home = machine.seconds(way, others * trip.found, world) if trip.found else 0.0
         if trip.kept:
             return out + met + beside(local, home, machine.overlap)
         return beside(local, out, machine.overlap) + met + home
@@ -130,7 +137,7 @@ class Half:
         visited = self._blocks(world) / rounds
         block = visited * self.work(self.products, machine) + -(-hops // rounds) * machine.visit
         out, found, both = (
-            machine.seconds("swap", self.rows * size, world)
+            machine.seconds("swap", self.rows * size, world) if size else 0.0
             for size in (trip.cargo, trip.found, trip.cargo + trip.found)
         )
         spent = beside(self.work(self.local, machine) + machine.visit, out, machine.overlap)
@@ -140,7 +147,9 @@ class Half:
         return spent + found
 
     def memory(self, strategy: str, world: int) -> float:
-        """Bytes beyond inputs and gradients that grow with what is met: cargo, what is found for it, and its way."""
+        """Bytes beyond inputs and gradients that are there for what is met: cargo, what is found for it, its way."""
+        if not self.trip.cargo:
+            return min(self.trip.reduced, 2 * PANEL_BYTES)
         if strategy == "gather":
             return world * self.rows * (self.trip.cargo + 2 * self.trip.found)
         return self.rows * (2 * self.trip.cargo + 3 * self.trip.found)
@@ -169,15 +178,19 @@ def estimate(halves: list[Half], machine: Machine, strategy: str, world: int) ->
     )
 
 
-def halves(loss: str, n: int, D: int, size: int, *, kept: bool) -> list[Half]:
-    """Products: one in a forward; in a backward the scores again and two gradients. SigLIP does all in the forward."""
-    from benchmarks.scaling.traffic import TRIPS
-
+def halves(loss: str, n: int, D: int, size: int, world: int) -> list[Half]:
+    """Products of a block: one in a forward; in a backward the scores again and two gradients. SigLIP does all in the
+    forward, Barlow Twins two Grams and two gradients, or by columns, D of them, one product and two gradients.
+    """
     trips, views = TRIPS[loss]
-    made: list[Any] = []
-    for part, trip in zip(("forward", "backward"), trips(D, size, max(4, size), kept)):
-        if trip is None:
-            continue
+    made = []
+    for part, trip in zip(("forward", "backward"), trips(n * world, D, size, max(4, size), True)):
         products = 3.0 if part == "backward" or trip.summed else 1.0
-        made.append(Half(part, trip, views * n, D, products, products / 2 if trip.half else products))
+        if loss == "barlow_twins_loss":
+            products = 4.0
+        local = products / 2 if trip.half else products
+        if not trip.cargo:
+            products, local = 0.0, 3.0 * D / n if trip.reduced > D * D else 0.0
+        if trip.cargo or trip.reduced:
+            made.append(Half(part, trip, views * n, D, products, local))
     return made

@@ -16,6 +16,7 @@ class Trip:
 
     half: each pair of ranks meets once. summed: what is found are sums, which a collective can add on the way; log-sum-
     exps are merged by who they are for. kept: of the cargo, what "gather" need not bring again in backward.
+    reduced: bytes, of no row, that are summed over all ranks.
     """
 
     cargo: int
@@ -23,11 +24,15 @@ class Trip:
     half: bool
     summed: bool
     kept: int = 0
+    reduced: int = 0
 
     def hops(self, world: int) -> int:
         return world // 2 if self.half else world - 1
 
-    def sent(self, counts: Sequence[int], rank: int, strategy: str) -> int:
+    def sent(self, counts: Sequence[int], rank: int, strategy: str) -> float:
+        return self._travelling(counts, rank, strategy) + reduction(self.reduced, len(counts))
+
+    def _travelling(self, counts: Sequence[int], rank: int, strategy: str) -> int:
         world, own = len(counts), counts[rank]
         if strategy == "gather":  # padded to the longest where a collective wants one size
             out = (world - 1) * max(counts) * (self.cargo - self.kept)
@@ -42,38 +47,54 @@ class Trip:
         return sent
 
 
+def reduction(size: int, world: int) -> float:
+    """Bytes that a rank sends so that all have the sum of so many bytes: each is scattered, and gathered."""
+    return 2 * (world - 1) / world * size
+
+
 def _softmax(D: int, size: int, wide: int, kept: bool, half: bool) -> tuple[Trip, Trip]:
     """Out go the keys, home comes a log-sum-exp; out go keys, their log-sum-exp and its gradient, home the keys'."""
     forward = Trip(D * size, wide, half, summed=False)
     return forward, Trip(D * size + 2 * wide, D * wide, half, summed=True, kept=D * size * kept)
 
 
-def nt_xent(D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
+def nt_xent(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
     return _softmax(D, size, wide, kept, half=True)
 
 
-def clip_loss(D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
+def clip_loss(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
     return _softmax(D, size, wide, kept, half=False)
 
 
-def siglip_loss(D: int, size: int, wide: int, kept: bool) -> tuple[Trip, None]:
+def siglip_loss(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
     """No normaliser: the texts' gradients come home in the forward."""
-    return Trip(D * size, D * wide, half=False, summed=True), None
+    return Trip(D * size, D * wide, half=False, summed=True), NOTHING
 
 
-# by loss: its trips, and how many rows of a sample travel
-TRIPS: dict[str, tuple[Callable[..., tuple[Trip, Trip | None]], int]] = {
+def barlow_twins_loss(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
+    """Both views travel and nothing comes home, or the D x D product is summed; means, squares, products and shares of
+    columns are float64. In backward the ranks sum what arrives at the loss."""
+    columns, upstream = 8 * 10 * D, Trip(0, 0, half=False, summed=True, reduced=wide)
+    if N <= D // 2:
+        return Trip(2 * D * size, 0, half=False, summed=True, reduced=columns + 8), upstream
+    return Trip(0, 0, half=False, summed=True, reduced=columns + D * D * wide), upstream
+
+
+NOTHING = Trip(0, 0, half=False, summed=True)
+# By loss: its trips for N samples of all ranks, and how many rows of a sample travel.
+TRIPS: dict[str, tuple[Callable[..., tuple[Trip, Trip]], int]] = {
     "nt_xent": (nt_xent, 2),
     "clip_loss": (clip_loss, 1),
     "siglip_loss": (siglip_loss, 1),
+    "barlow_twins_loss": (barlow_twins_loss, 1),
 }
 
 
 def sent(
     loss: str, samples: Sequence[int], rank: int, strategy: str, D: int, size: int = 4, *, kept: bool = True
-) -> tuple[int, int]:
-    """Bytes that a rank sends in forward and in backward. kept: batches of one size, known to be (check="first")."""
+) -> tuple[float, float]:
+    """Bytes that a rank sends in forward and in backward. kept: not where the step is compiled for uneven batches."""
     trips, views = TRIPS[loss]
     counts = [views * n for n in samples]
-    forward, backward = trips(D, size, max(4, size), kept)
-    return forward.sent(counts, rank, strategy), backward.sent(counts, rank, strategy) if backward else 0
+    forward, backward = trips(sum(samples), D, size, max(4, size), kept)
+    return forward.sent(counts, rank, strategy), backward.sent(counts, rank, strategy)

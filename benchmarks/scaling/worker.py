@@ -127,12 +127,30 @@ def links(rounds: int) -> dict[str, list[list[float]]]:
     return found
 
 
+def arrived(rounds: int) -> float:
+    """Of swaps of 4 MiB, the share that is there when arithmetic is over, before anybody waited for it."""
+    world, product = dist.get_world_size(), torch.ones(512, 512)
+    to, source = (dist.get_rank() - 1) % world, (dist.get_rank() + 1) % world
+    x, there = torch.ones(2**20), 0
+    for _ in range(rounds):
+        y = torch.zeros_like(x)
+        dist.barrier()
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, to), dist.P2POp(dist.irecv, y, source)])
+        start = time.perf_counter()
+        while time.perf_counter() - start < 0.1:
+            torch.mm(product, product)
+        there += bool(y.all())
+        for work in works:
+            work.wait()
+    return there / rounds
+
+
 def run(job: dict[str, Any]) -> Any:
     torch.set_num_threads(1)
     store, wait = dist.FileStore(job["store"], job["world"]), timedelta(seconds=300)
     dist.init_process_group("gloo", store=store, rank=job["rank"], world_size=job["world"], timeout=wait)
     if job["job"] == "links":
-        return links(job["rounds"])
+        return {"links": links(job["rounds"]), "arrived": arrived(job["rounds"])}
     loss, n, D = LOSSES[job["loss"]], job["n"], job["D"]
     if job["job"] == "check":
         return jobs.check(job["loss"], n, D)

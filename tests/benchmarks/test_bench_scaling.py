@@ -17,7 +17,6 @@ from benchmarks.scaling.traffic import Trip
 from sslkernels.distributed import STRATEGIES
 
 EVEN, UNEVEN = (5, 5, 5, 5), (3, 6, 2, 5)
-D = 4
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +28,24 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("group", ["2", "3", "4"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_bytes_that_ranks_send_are_those_of_the_formula(ranks, loss, strategy, group):
+@pytest.mark.parametrize("loss, D", [(loss, 4) for loss in LOSSES] + [("barlow_twins_loss", 48)])
+def test_bytes_that_ranks_send_are_those_of_the_formula(ranks, loss, D, strategy, group):
+    """Barlow Twins in the space of its columns, and in that of its rows."""
     world = len(GROUPS[group])
     for sizes, agreement in ((EVEN, "first"), (EVEN, "step"), (UNEVEN, "step")):
         counts = sizes[:world]
         found = ranks.run(jobs.count, group, loss, counts, D, strategy, agreement)
         for rank, halves in enumerate(found):
-            expected = traffic.sent(loss, counts, rank, strategy, D, kept=agreement == "first")
-            assert tuple(sent for sent, _ in halves) == expected, f"rank {rank} of {counts}, check={agreement!r}"
+            expected = traffic.sent(loss, counts, rank, strategy, D, kept=True)
+            assert [sent for sent, _ in halves] == pytest.approx(expected, rel=1e-12), (
+                f"rank {rank} of {counts}, check={agreement!r}"
+            )
 
 
 def test_comparing_what_ranks_bring_in_each_step_costs_one_exchange(ranks):
     for group, world in (("2", 2), ("4", 4)):
         for _ in range(2):
-            found = ranks.run(jobs.count, group, "nt_xent", EVEN[:world], D, "ring", "step")
+            found = ranks.run(jobs.count, group, "nt_xent", EVEN[:world], 4, "ring", "step")
             assert [compared for _, compared in found[0]] == [(world - 1) * EXCHANGE, 0]
 
 
@@ -126,8 +128,9 @@ def test_predictions():
         for world in predict.GPUS:
             found = predict.predicted(shape, world)
             assert all(f.seconds >= f.arithmetic for f in found.values())
-            assert found["ring"].sent <= 4 / 3 * found["gather"].sent  # which has kept the keys
-        assert found["ring"].memory < found["gather"].memory / 100
+            assert found["ring"].sent <= 4 / 3 * found["gather"].sent + 1  # which has kept the keys
+        if shape.loss != "barlow_twins_loss":  # by columns in so large a world
+            assert found["ring"].memory < found["gather"].memory / 100
     large = predict.predicted(predict.SHAPES[2], 1024)
     assert large["ring"].seconds < large["gather"].seconds, "transfers of a ring hide behind blocks of 8,192 rows"
     assert "not measured yet" in predict.constants_table()
@@ -136,6 +139,6 @@ def test_predictions():
 
 def test_arithmetic_is_that_of_one_process_divided():
     for loss in traffic.TRIPS:
-        for half in model.halves(loss, 64, 8, 4, kept=True):
+        for half in model.halves(loss, 64, 1024, 4, world=4):
             alone = Half(half.part, half.trip, half.rows * 4, half.D, half.products, half.local)
             assert half.arithmetic(machine(1.0), 4) * 4 == pytest.approx(alone.arithmetic(machine(1.0), 1))
