@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.report import duration, machine_line, mebibytes, table
 from benchmarks.scaling.cases import ALONE, APART, FEWER
+from benchmarks.scaling.counting import EXCHANGE
 from benchmarks.scaling.measure import WORLD, WORLDS
 from benchmarks.scaling.model import Estimate, Link, Measured, estimate, halves
 from benchmarks.scaling.predict import GPUS, SHAPES, STRATEGIES, predicted
@@ -30,22 +31,27 @@ def times_table(results: dict[str, Any]) -> str:
     rows = []
     for case in results["cases"].values():
         times = case["time"]
+        alone, fewer = (summary(times[name]["processor"]).median for name in (ALONE, FEWER))
         for name in (FEWER, ALONE, APART, *(x for x in times if x not in (FEWER, ALONE, APART))):
-            total, strong = summary(seconds(times, name)), ratio(times, ALONE, name)
-            weak = ratio(times, name, FEWER)
+            total, busy = summary(seconds(times, name)), summary(times[name]["processor"])
+            strong = ratio(times, ALONE, name)
             spread = f"{strong.median:.2f}x ({strong.low:.2f}-{strong.high:.2f})"
             rows.append([
                 title(case) if name == FEWER else "",
                 name,
+                f"{duration(busy.median)} ({duration(busy.low)}-{duration(busy.high)})",
+                *(["", "", ""] if name in (ALONE, FEWER) else [
+                    f"{100 * alone / (WORLD * busy.median):.0f}%",
+                    f"{busy.median / fewer:.2f}x",
+                    spread,
+                ]),
+                f"{duration(total.median)} ({duration(total.low)}-{duration(total.high)})",
                 duration(summary(times[name]["forward"]).median),
                 duration(summary(times[name]["backward"]).median),
-                f"{duration(total.median)} ({duration(total.low)}-{duration(total.high)})",
-                "" if name in (ALONE, FEWER) else spread,
-                "" if name in (ALONE, FEWER) else f"{weak.median:.2f}x",
-                duration(summary(times[name]["processor"]).median),
             ])  # fmt: skip
-    header = ["rows of a rank", "who", "forward", "backward", "both (quartiles)", "strong: one process / this",
-              "weak: this / one rank's rows", "processor, a rank"]  # fmt: skip
+    header = ["rows of a rank", "who", "processor, a rank (quartiles)", "strong: of one process' share",
+              "weak: over one rank's rows", "one process' time / this", "time (quartiles)", "forward",
+              "backward"]  # fmt: skip
     return table(header, rows, right=2)
 
 
@@ -69,7 +75,7 @@ def bytes_table(results: dict[str, Any]) -> str:
 
 
 def fitted(points: list[list[float]]) -> Link:
-    """Latency and bandwidth with the least squares of relative errors."""
+    """Latency and bandwidth, from (bytes, seconds), with the least squares of relative errors."""
     w = [(1 / t, sent / t) for sent, t in points]
     aa, ab, bb = sum(a * a for a, _ in w), sum(a * b for a, b in w), sum(b * b for _, b in w)
     a, b = sum(a for a, _ in w), sum(b for _, b in w)
@@ -78,21 +84,19 @@ def fitted(points: list[list[float]]) -> Link:
     return Link(latency, 1 / per_byte)
 
 
-def measured_machine(results: dict[str, Any], case: dict[str, Any]) -> Measured:
-    """The links of this machine, and its arithmetic as processes apart do it, at the same number of products."""
-    apart, work = case["time"][APART], halves(case["loss"], case["n"], case["D"], 4, WORLD)
-    rates = {}
-    for half in work:
-        rows = half.rows * WORLD**0.5
-        rates[half.part] = 2 * half.local * rows**2 * half.D / summary(apart[half.part]).median
-    # gloo's threads need a processor to copy, and each of these has a rank on it: nothing hides
-    return Measured({kind: fitted(results["links"][kind]) for kind in KINDS}, rates, overlap=0.0)
+def link(results: dict[str, Any], kind: str, *, processor: bool) -> Link:
+    return fitted([[sent, busy if processor else passed] for sent, passed, busy in results["links"][kind]])
 
 
 def foretold(results: dict[str, Any], case: dict[str, Any], strategy: str) -> float:
-    machine = measured_machine(results, case)
-    work = halves(case["loss"], case["n"], case["D"], 4, WORLD)
-    compared = machine.seconds("gather", 1024.0 * (WORLD - 1), WORLD)
+    """What a rank's threads are busy for: products at the rate of processes apart, and what transfers cost them."""
+    apart, work = case["time"][APART], halves(case["loss"], case["n"], case["D"], 4, WORLD)
+    # apart, a rank has as many products as in the loss over all of them
+    one = Measured({}, {"forward": 1.0, "backward": 1.0})  # an operation a second
+    rate = sum(half.arithmetic(one, WORLD) for half in work) / summary(apart["processor"]).median
+    links = {kind: link(results, kind, processor=True) for kind in KINDS}
+    machine = Measured(links, {"forward": rate, "backward": rate}, overlap=0.0)
+    compared = machine.seconds("gather", EXCHANGE * (WORLD - 1), WORLD)
     return compared + estimate(work, machine, strategy, WORLD).seconds
 
 
@@ -100,20 +104,21 @@ def errors_table(results: dict[str, Any]) -> str:
     rows = []
     for case in results["cases"].values():
         for strategy in (s for s in STRATEGIES if s in case["time"]):
-            took, told = summary(seconds(case["time"], strategy)).median, foretold(results, case, strategy)
+            took, told = summary(case["time"][strategy]["processor"]).median, foretold(results, case, strategy)
             cells = [duration(told), duration(took), f"{100 * (told / took - 1):+.0f}%"]
             rows.append([title(case) if strategy == "gather" else "", strategy, *cells])
-    return table(["rows of a rank", "strategy", "foretold", "measured", "error"], rows, right=2)
+    return table(["rows of a rank", "strategy", "processor of a rank, foretold", "measured", "error"], rows, right=2)
 
 
 def links_table(results: dict[str, Any]) -> str:
-    links = {kind: fitted(results["links"][kind]) for kind in KINDS}
-    rows = [[kind, f"{link.latency * 1e6:.0f} us", f"{link.bandwidth / 1e9:.2f} GB/s"] for kind, link in links.items()]
+    rows = []
+    for kind in KINDS:
+        both = [link(results, kind, processor=processor) for processor in (False, True)]
+        rows.append([kind, *(f"{x.latency * 1e6:.0f} us, {x.bandwidth / 1e9:.2f} GB/s" for x in both)])
+    header = ["two processes of this machine, gloo", "latency, bytes that a rank sends", "the same by processor time"]
     there = f"{100 * results['arrived']:.0f}%"
-    return (
-        table(["two processes of this machine, gloo", "latency", "bytes that a rank sends"], rows)
-        + f"\n\nOf swaps of 4 MiB that began before 0.1 s of arithmetic, {there} had arrived at its end, before a wait."
-    )
+    said = f"Of swaps of 4 MiB that began before 0.1 s of arithmetic, {there} had arrived at its end, before a wait."
+    return f"{table(header, rows)}\n\n{said}"
 
 
 def predicted_table() -> str:

@@ -74,7 +74,7 @@ def siglip_loss(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip,
 def barlow_twins_loss(N: int, D: int, size: int, wide: int, kept: bool) -> tuple[Trip, Trip]:
     """Both views travel and nothing comes home, or the D x D product is summed; means, squares, products and shares of
     columns are float64. In backward the ranks sum what arrives at the loss."""
-    columns, upstream = 8 * 10 * D, Trip(0, 0, half=False, summed=True, reduced=wide)
+    columns, upstream = 8 * 9 * D, Trip(0, 0, half=False, summed=True, reduced=wide)
     if N <= D // 2:
         return Trip(2 * D * size, 0, half=False, summed=True, reduced=columns + 8), upstream
     return Trip(0, 0, half=False, summed=True, reduced=columns + D * D * wide), upstream

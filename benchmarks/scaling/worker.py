@@ -95,8 +95,8 @@ def peak(loss: Loss, n: int, D: int, name: str) -> float:
 
 
 def links(rounds: int) -> dict[str, list[list[float]]]:
-    """(bytes that a rank sends, seconds) of each kind of transfer that a loss makes: the lower quartile, as what the
-    processor does for others lengthens a short transfer by milliseconds."""
+    """(bytes that a rank sends, seconds, those of the processor) of each kind of transfer that a loss makes: lower
+    quartiles, as what the processor does for others lengthens a short transfer by milliseconds."""
     world = dist.get_world_size()
     to, source = (dist.get_rank() - 1) % world, (dist.get_rank() + 1) % world
 
@@ -119,11 +119,11 @@ def links(rounds: int) -> dict[str, list[list[float]]]:
             times = []
             for _ in range(rounds + 1):
                 dist.barrier()
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 call(x, y)
-                times += slowest([time.perf_counter() - start])
+                times.append(slowest([time.perf_counter() - start, time.process_time() - busy]))
             sent = 2 * (world - 1) / world * size if name == "sum" else (world - 1) * size if name != "swap" else size
-            found[name].append([sent, summary(times[1:]).low])
+            found[name].append([sent, *(summary(list(part)).low for part in zip(*times[1:]))])
     return found
 
 
