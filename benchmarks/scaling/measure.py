@@ -74,13 +74,12 @@ def counts(loss: str) -> list[dict[str, Any]]:
     """Bytes that rank 0 sends, counted and by formula; and those of the comparison of what ranks bring."""
     rows = []
     for world in (2, 3, 4):
-        for strategy in LOSSES[loss].strategies:
-            job = {"job": "count", "loss": loss, "strategy": strategy, "check": "first", **COUNTED}
-            found = launch(world, job, {})[0]
+        found = launch(world, {"job": "count", "loss": loss, "check": "first", **COUNTED}, {})[0]
+        for strategy, halves in found.items():
             rows.append({
                 "loss": loss, "world": world, "strategy": strategy,
-                "counted": [half for half, _ in found], "compared": found[0][1],
-                "formula": sent(loss, [COUNTED["n"]] * world, 0, strategy, COUNTED["D"]),
+                "counted": [round(half) for half, _ in halves], "compared": halves[0][1],
+                "formula": [round(x) for x in sent(loss, [COUNTED["n"]] * world, 0, strategy, COUNTED["D"])],
             })  # fmt: skip
     return rows
 

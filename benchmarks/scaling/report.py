@@ -67,7 +67,7 @@ def memory_table(results: dict[str, Any]) -> str:
 def bytes_table(results: dict[str, Any]) -> str:
     rows = []
     for found in (row for rows in results["bytes"].values() for row in rows):
-        counted, formula = (f"{a:,} + {b:,}" for a, b in (found["counted"], found["formula"]))
+        counted, formula = (f"{a:,.0f} + {b:,.0f}" for a, b in (found["counted"], found["formula"]))
         cells = [counted, formula, f"{found['compared']:,}"]
         rows.append([f"`{found['loss']}`", found["strategy"], str(found["world"]), *cells])
     header = ["loss", "strategy", "ranks", "counted, forward + backward", "by formula", "comparing what ranks bring"]

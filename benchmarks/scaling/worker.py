@@ -159,7 +159,8 @@ def run(job: dict[str, Any]) -> Any:
     if job["job"] == "memory":
         return peak(loss, n, D, job["name"])
     if job["job"] == "count":
-        return jobs.count(None, job["loss"], [n] * job["world"], D, job["strategy"], job["check"])
+        samples, everyone = [n] * job["world"], dist.group.WORLD
+        return {name: jobs.count(everyone, job["loss"], samples, D, name, job["check"]) for name in loss.strategies}
     raise ValueError(f"job: expected links, check, time, memory or count, got {job['job']!r}")
 
 
