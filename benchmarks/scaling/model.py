@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks.scaling.traffic import TRIPS, Trip, reduction
-from sslkernels.distributed._product import PANEL_BYTES
+from sslkernels.distributed._product import PANEL_BYTES, PANELS
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Half:
     def memory(self, strategy: str, world: int) -> float:
         """Bytes beyond inputs and gradients that are there for what is met: cargo, what is found for it, its way."""
         if not self.trip.cargo:
-            return min(self.trip.reduced, 2 * PANEL_BYTES)
+            return min(self.trip.reduced, 2 * max(PANEL_BYTES, self.trip.reduced // PANELS))
         if strategy == "gather":
             return world * self.rows * (self.trip.cargo + 2 * self.trip.found)
         return self.rows * (2 * self.trip.cargo + 3 * self.trip.found)
