@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -120,21 +121,26 @@ agree = define(
     everywhere=True,
 )
 
-_agreed: set[Any] = set()
+_agreed: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # by group
 
 
 def agree_once(
     xs: Sequence[Tensor], what: str, names: Sequence[str], numbers: Sequence[float], world: int, group: str
 ) -> None:
-    """Compare what ranks bring at the first call with these shapes and options; their rows must be equal."""
+    """Compare what ranks bring at the first call with these shapes and options; their rows must be equal.
+
+    Numbers are compared then too, and are no reason to compare again: a schedule has another one in every step.
+    """
     wanted = [x.requires_grad for x in xs]
-    text, rows = _describe(xs, wanted, what, names, numbers), _leading(xs)
-    key = (id(collectives.find(group)), text, *rows)
-    if key not in _agreed:
+    rows = _leading(xs)
+    key = (_describe(xs, wanted, what, names, []), *rows)
+    agreed = _agreed.setdefault(collectives.find(group), set())
+    if key not in agreed:
         _Exchanges.count += 1
+        text = _describe(xs, wanted, what, names, numbers)
         table = _exchange(_pack(False, rows, text), xs[0], world, group)
         _compare(table, names, collectives.ranks_of(group), uneven=False)
-        _agreed.add(key)
+        agreed.add(key)
 
 
 class _Exchanges:

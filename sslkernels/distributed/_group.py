@@ -14,6 +14,7 @@ from sslkernels._autocast import autocasts
 from sslkernels.distributed import _agreement as agreement
 from sslkernels.distributed import _collectives as collectives
 from sslkernels.ops._emitted import wants_grad
+from sslkernels.reference._precision import compute_dtype
 
 STRATEGIES = ("gather", "ring", "bidirectional_ring")
 CHECKS = ("step", "first")
@@ -29,7 +30,7 @@ class Group:
         strategy: how features meet those of other ranks. "gather": every rank gets all of them, one collective; the
             memory grows with the world. "ring": they travel from rank to rank, the next ones on their way while those
             at hand are used; O(local batch) memory at any world size. "bidirectional_ring": both ways at once, half as
-            many hops.
+            many hops; for NT-Xent, DCL and SupCon, whose ranks go half the way anyhow, it is "ring".
         check: when the ranks compare what they bring. "step": in every call; batches may then be uneven, and a rank
             that brings another shape, dtype or option is an error on every rank. It costs one exchange of 1 KiB, and on
             a group without a backend for the CPU the host waits for the device. "first": at the first call with these
@@ -76,10 +77,13 @@ class Batch(NamedTuple):  # which a call makes at once: a frozen dataclass takes
         return self.world == 1
 
     def total(self, like: Tensor) -> Tensor | int:
-        """Rows of all ranks: a number, or a 0-D tensor of the dtype and on the device of `like`."""
+        """Rows of all ranks: a number; while a compiler traces and sizes may differ, a 0-D tensor beside `like`."""
         if self.sizes is None:
             return self.rows * self.world
-        return self.sizes.sum().to(like.device, like.dtype)
+        total = self.sizes.sum()
+        if checks.readable(total):
+            return int(total)  # of the CPU: no device is waited for
+        return total.to(like.device, compute_dtype(like))
 
     def sizes_of(self, x: Tensor) -> Tensor | None:
         """The rows of x on each rank, where it has a multiple of the batch's: two views stacked, say."""

@@ -40,6 +40,15 @@ def _part(x: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:
     return x[rows] if dim == 0 else x[:, rows].contiguous()
 
 
+def _summed(x: Tensor) -> Tensor:
+    """x as the blocks of a backward take it, whose gradients, in its dtype, are added up.
+
+    On the CPU, where kernels compute in float32 anyhow, they are rounded once, after the sum. A GPU's tensor cores take
+    16 bits, and each block's gradient is rounded to them.
+    """
+    return x.to(compute_dtype(x)) if x.device.type == "cpu" else x
+
+
 def _forward(
     q, k, scale_tensor, scale, diagonal, period, query_groups, key_groups, key_mask, differ, scales, columns, offset,
     half, sizes, rank, world, strategy, keep, group,
@@ -59,22 +68,18 @@ def _forward(
         else:
             own.extend(op.lse(q, k, scale_tensor, scale, *pairs, scales, columns, False, offset)[:4])
 
-    blocks: list[Any] = []
-
     def visit(held, rows):
         other, other_groups, other_mask = unpack(held)
         part = (None, None, _part(query_groups, rows), other_groups, other_mask, differ)
         row, col, _, top, _ = op.lse(q[rows], other, scale_tensor, scale, *part, scales, meets_columns, False, None)
-        blocks.append((rows, row, top))
+        own[0][:, rows] = torch.logaddexp(own[0][:, rows], row)
+        own[3][rows] = torch.maximum(own[3][rows], top)
         return [col.T] if meets_columns else []
 
     cargo, unpack = _cargo(keys, groups, key_mask)
     route = Route(rank, row_counts(keys.shape[0], sizes, world), group, strategy, half)
     home, gathered = trip(route, cargo, local, visit, LOGADDEXP)
     row, col, positive, top = own
-    for rows, part, part_top in blocks:
-        row[:, rows] = torch.logaddexp(row[:, rows], part)
-        top[rows] = torch.maximum(top[rows], part_top)
     if k is None:
         row = torch.logaddexp(row, home[0].T) if home else row
         col = row.new_empty(0)
@@ -93,10 +98,11 @@ def _backward(
     dtype, none = compute_dtype(q, keys), q.new_empty(0)
     if k is None:
         wanted = [output_mask[0], output_mask[0], output_mask[2]]
-        sides = (row.T, None if grad_row is None else grad_row.T) if half else (None, None)
+        sides = (row.T, grad_row.T) if half else (None, None)
     else:
         wanted = list(output_mask)
         sides = (col.T, grad_col.T) if grad_col is not None else (None, None)
+    wide_q = _summed(q)
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     dk = torch.zeros(keys.shape, dtype=dtype, device=q.device)
     dscale = torch.zeros((), dtype=dtype, device=q.device)
@@ -110,14 +116,14 @@ def _backward(
     def local():
         if k is None:
             dz, ds = op.self_lse_backward(
-                grad_row, grad_positive, q, scale_tensor, scale, diagonal, period, query_groups, key_mask, differ,
+                grad_row, grad_positive, wide_q, scale_tensor, scale, diagonal, period, query_groups, key_mask, differ,
                 scales, offset, row, none, [wanted[0], wanted[2]],
             )  # fmt: skip
             add(slice(None), dz, ds)
             return
         block_dq, block_dk, ds = op.lse_backward(
-            grad_row, grad_col, grad_positive, q, k, scale_tensor, scale, *pairs, scales, offset, row, col, none,
-            wanted,
+            grad_row, grad_col, grad_positive, wide_q, _summed(k), scale_tensor, scale, *pairs, scales, offset, row,
+            col, none, wanted,
         )  # fmt: skip
         add(slice(None), block_dq, ds)
         if wanted[1]:
@@ -129,20 +135,17 @@ def _backward(
         lse = none if other_lse is None else other_lse.T.contiguous()
         grad = None if other_grad is None else other_grad.T.contiguous()
         block_dq, block_dk, ds = op.lse_backward(
-            _part(grad_row, rows, 1), grad, None, q[rows], other, scale_tensor, scale, *part, scales, None,
-            _part(row, rows, 1), lse, none, wanted,
+            _part(grad_row, rows, 1), grad, None, wide_q[rows], _summed(other), scale_tensor, scale, *part, scales,
+            None, _part(row, rows, 1), lse, none, wanted,
         )  # fmt: skip
         add(rows, block_dq, ds)
         return [block_dk.to(dtype)] if wanted[1] else []
 
     cargo, unpack = _cargo(keys, groups, key_mask, *sides)
     route = Route(rank, row_counts(keys.shape[0], sizes, world), group, strategy, half)
-    if grad_row is None and grad_col is None:  # of the positives alone, which are all here
-        local()
-    else:
-        home, _ = trip(route, cargo, local, visit, SUM, gathered if keep and gathered.numel() else None)
-        if home:
-            dk += home[0]
+    home, _ = trip(route, cargo, local, visit, SUM, gathered if keep and gathered.numel() else None)
+    if home:
+        dk += home[0]
     if k is None:
         return (dq + dk).to(q.dtype), none, dscale
     return dq.to(q.dtype), dk.to(k.dtype), dscale
@@ -172,7 +175,7 @@ logsumexp = define(
     everywhere=True,
 )
 logsumexp_backward = define(
-    f"distributed_logsumexp_backward(Tensor? grad_row, Tensor? grad_col, Tensor? grad_positive, Tensor q, Tensor? k,"
+    f"distributed_logsumexp_backward(Tensor grad_row, Tensor? grad_col, Tensor? grad_positive, Tensor q, Tensor? k,"
     f" {op._SCALE}, {op._PAIRS}, float[] scales, SymInt? offset, bool half, Tensor row_lse, Tensor col_lse,"
     f" Tensor gathered, {_ROUTE}, bool[3] output_mask) -> (Tensor dq, Tensor dk, Tensor dscale)",
     reference=_backward,

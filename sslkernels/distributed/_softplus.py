@@ -14,7 +14,7 @@ import torch
 
 from sslkernels.distributed._attention import _WAY
 from sslkernels.distributed._collectives import row_counts
-from sslkernels.distributed._logsumexp import _ROUTE, _cargo
+from sslkernels.distributed._logsumexp import _ROUTE, _cargo, _summed
 from sslkernels.distributed._trips import SUM, Route, trip
 from sslkernels.ops import _contrastive_sums as op
 from sslkernels.ops._contrastive import _BIAS, _PAIRS, _SCALE, _asked, _asked_scalar
@@ -93,7 +93,7 @@ def _backward(
     gathered, sizes, rank, world, strategy, keep, group, output_mask,
 ):  # fmt: skip
     numbers = (scale_tensor, scale, bias_tensor, bias)
-    dtype = compute_dtype(q, k)
+    dtype, wide_q = compute_dtype(q, k), _summed(q)
     dq, dk, dscale, dbias = (
         torch.zeros(shape if wanted else 0, dtype=dtype, device=q.device)
         for shape, wanted in zip((q.shape, k.shape, (), ()), output_mask)
@@ -106,12 +106,13 @@ def _backward(
 
     def local():
         pairs = (diagonal, period, query_groups, key_groups, key_mask, differ)
-        add(*op.softplus_backward(grad, q, k, *numbers, *pairs, output_mask))
+        add(*op.softplus_backward(grad, wide_q, _summed(k), *numbers, *pairs, output_mask))
 
     def visit(held, rows):
         other, other_groups, other_mask = unpack(held)
         pairs = (None, None, query_groups, other_groups, other_mask, differ)
-        block_dq, block_dk, ds, db = op.softplus_backward(grad, q, other, *numbers, *pairs, output_mask)
+        block = (grad, wide_q, _summed(other), *numbers, *pairs, output_mask)
+        block_dq, block_dk, ds, db = op.softplus_backward(*block)
         add(block_dq, None, ds, db)
         return [block_dk.to(dtype)] if output_mask[1] else []
 

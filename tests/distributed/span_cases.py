@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,11 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from sslkernels import losses
 
 ROWS, WIDTH = 160, 1024  # a kernel packs up to 512 rows at a time, and scores are to be less than features
-
-
-def labels(n: int) -> torch.Tensor:
-    """The same on each rank."""
-    return torch.arange(n) % ROWS // 9
 
 
 LOSSES: dict[str, Any] = {
@@ -37,13 +34,28 @@ LOSSES: dict[str, Any] = {
 }
 
 
-def largest_tensor(group: Any, name: str, strategy: str) -> float:
-    """Elements of the largest tensor that is made, in rows of the features."""
-    views = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
+def _allocations(call: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Bytes that a call takes, positive, and gives back, in their order; and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        LOSSES[name](*views, process_group=group, strategy=strategy).backward()
+        result = call()
     events: Any = profiler.profiler
-    return max(e.nbytes() for e in events.kineto_results.events() if e.name() == "[memory]") / (4 * WIDTH)
+    found = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())], result
+
+
+def largest_tensor(group: Any, name: str, strategy: str) -> float:
+    """The largest tensor that forward and backward make, in rows of the features."""
+    views = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
+    taken, _ = _allocations(lambda: LOSSES[name](*views, process_group=group, strategy=strategy).backward())
+    return max(taken) / (4 * WIDTH)
+
+
+def peaks(group: Any, name: str, strategy: str) -> list[int]:
+    """The most bytes that a forward, and a backward, has alive; features are narrow, so that a number a row counts."""
+    views = [torch.randn(ROWS, 8, requires_grad=True) for _ in range(2)]
+    forward, loss = _allocations(lambda: LOSSES[name](*views, process_group=group, strategy=strategy))
+    backward, _ = _allocations(loss.backward)
+    return [max(accumulate(taken)) for taken in (forward, backward)]
 
 
 def group_of_one(group: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:

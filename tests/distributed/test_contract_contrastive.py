@@ -32,6 +32,12 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, name, strategy, grou
     check(ranks, name, group, Setting(sizes, strategy))
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_with_one_row(ranks, name, strategy):
+    check(ranks, name, "4", Setting((1, 4, 1, 2), strategy))
+
+
 @pytest.mark.parametrize("setting", [Setting(EVEN, check="first"), Setting(UNEVEN, "ring")], ids=["gather", "ring"])
 @pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
 def test_options(ranks, name, setting):

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from span_cases import LOSSES, ROWS, group_of_one, largest_tensor, statistics
+from span_cases import LOSSES, ROWS, group_of_one, largest_tensor, peaks, statistics
 
 from sslkernels import losses
 from sslkernels.distributed import Group
@@ -20,6 +20,19 @@ def test_no_tensor_of_a_ring_holds_the_rows_of_all_ranks(ranks, name):
     for strategy in ("ring", "bidirectional_ring"):
         assert max(ranks.run(largest_tensor, "4", name, strategy)) < 4 * ROWS
     assert min(ranks.run(largest_tensor, "4", name, "gather")) >= 4 * ROWS
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"nt_xent", "dcl", "supcon"}))
+def test_a_ring_holds_no_more_among_more_ranks(ranks, name):
+    """Rows, numbers and all: from three ranks on, where there is a rank to hand on to.
+
+    The others go half of the way, the same way: on it that is so from five ranks on.
+    """
+    few, many = (ranks.run(peaks, world, name, "ring") for world in ("3", "4"))
+    for before, after in zip(zip(*few), zip(*many)):  # forward, then backward
+        assert (
+            min(after) <= min(before) + 64
+        )  # a number a rank; the least, as a profiler now and then takes some memory
 
 
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
