@@ -114,6 +114,7 @@ def _covariance(x, y, weights, gamma, eps, sizes, rank, world, strategy, group, 
 
 
 def _frobenius(a, b, sizes, rank, world, strategy, group, output_mask):
+    assert b is None  # of a with itself alone
     with full_precision(a):
         route = _route(a, sizes, rank, world, strategy, group)
         views = [a.to(compute_dtype(a))]

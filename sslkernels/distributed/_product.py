@@ -78,6 +78,12 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1).sum(dtype=torch.float64)
 
 
+def _zeros(views: Columns, wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.zeros_like(view, memory_format=torch.contiguous_format) if w else None for view, w in zip(views, wanted)
+    ]
+
+
 def _in_grams(
     route: Route,
     views: Columns,
@@ -87,7 +93,7 @@ def _in_grams(
     arrive: Callable[[Tensors], Columns],
 ) -> tuple[Tensor, list[Tensor | None]]:
     value = torch.zeros((), dtype=torch.float64, device=views[0].device)
-    grads = [torch.zeros_like(view) if w else None for view, w in zip(views, wanted)]
+    grads = _zeros(views, wanted)
 
     def meet(others: Columns) -> None:
         grams = [view @ other.T for view, other in zip(views, others)]
@@ -111,7 +117,7 @@ def _in_features(
 ) -> tuple[Tensor, list[Tensor | None]]:
     d = views[0].shape[1]
     value = torch.zeros((), dtype=torch.float64, device=views[0].device)
-    grads = [torch.zeros_like(view) if w else None for view, w in zip(views, wanted)]
+    grads = _zeros(views, wanted)
     pairs = [(0, 1)] if cross else [(v, v) for v in range(len(views))]
     step = max(1, PANEL_BYTES // (d * views[0].element_size()), d // PANELS)
     panels = [(pair, slice(i, min(i + step, d))) for pair in pairs for i in range(0, d, step)]

@@ -257,9 +257,11 @@ def frossl_loss(
     for i in range(1, count):
         _check_views(**{"z_views[0]": z_views[0], f"z_views[{i}]": z_views[i]})
     check_weight("invariance_weight", invariance_weight)
-    brought = {f"z_views[{i}]": z for i, z in enumerate(z_views)}
-    batch = distributed.batch(process_group, strategy, "frossl_loss", **brought, invariance_weight=invariance_weight)
-    _check_rows(batch, **brought)
+    # all have the rows of the first, so that those of the others, any number of views, need not be compared
+    others = {} if process_group is None else {f"z_views[{i}]": z_views[i][:0] for i in range(1, count)}
+    brought = {"z_views[0]": z_views[0], **others, "invariance_weight": invariance_weight}
+    batch = distributed.batch(process_group, strategy, "frossl_loss", **brought)
+    _check_rows(batch, **{"z_views[0]": z_views[0]})
     lengths = _lengths(batch, [common.wide(z) for z in z_views])
     views = [common.wide(z) / length.clamp_min(EPS) for z, length in zip(z_views, lengths)]
     center = sum(views[1:], views[0]) / count

@@ -15,7 +15,6 @@ from sslkernels._autocast import cast_features
 from sslkernels.distributed import Batch
 from sslkernels.distributed.contrastive import similarity_logsumexp
 from sslkernels.losses import _common as common
-from sslkernels.losses import _means as means
 from sslkernels.losses._module import shown_span, spanning
 from sslkernels.ops import contrastive as ops
 from sslkernels.ops.contrastive import Exclude
@@ -102,7 +101,7 @@ def cpc_loss(
     losses = torch.stack([loss for loss, _, _ in results])
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     if negatives == "sequence" and not batch.local and reduction != "none":
-        loss = means.rescale(loss, batch) if reduction == "mean" else loss * batch.world
+        loss = batch.weigh(loss) if reduction == "mean" else loss * batch.world
     if not return_stats:
         return loss
     stats = [common.statistics(positive, top.amax(1) if top.ndim == 2 else top) for _, positive, top in results]

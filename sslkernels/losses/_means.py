@@ -44,10 +44,3 @@ def reduce_by(loss: Callable[[str], Tensor], reduction: str, batch: Batch, count
 def quotient(total: Tensor, count: Tensor) -> Tensor:
     """total / count; NaN where nothing counts, not by dividing by 0, which would send infinity to gradients of 0."""
     return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
-
-
-def rescale(mean: Tensor, batch: Batch) -> Tensor:
-    """What this rank returns, given the mean over its own rows, where all rows count."""
-    if batch.sizes is None:  # as many on each rank
-        return mean
-    return mean * (batch.world * batch.rows / batch.total(mean))

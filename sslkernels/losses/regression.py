@@ -50,7 +50,7 @@ def byol_loss(pred: Tensor, target: Tensor, *, process_group: Any = None) -> Ten
     """
     _refuse_empty("pred", pred)
     loss = masked_regression(pred, target, loss="normalized_l2")
-    return means.rescale(loss, _batch(process_group, "byol_loss", pred=pred, target=target))
+    return _batch(process_group, "byol_loss", pred=pred, target=target).weigh(loss)
 
 
 @distributed.raises_together
@@ -85,12 +85,17 @@ def negative_cosine_similarity(
         raise ValueError(f"x1 must have the shape of x0 {tuple(x0.shape)}, got {tuple(x1.shape)}")
     if not -x0.ndim <= dim < x0.ndim:
         raise ValueError(f"dim must be in [{-x0.ndim}, {x0.ndim}), got {dim}")
+    brought = {"x0": x0, "x1": x1, "dim": dim, "eps": eps}
+    over_rows = x0.ndim > 1 and dim % x0.ndim == 0
     x0, x1 = x0.movedim(dim, -1), x1.movedim(dim, -1)
     loss = masked_regression(x0, x1, loss="cosine", eps=eps) - 1
     if x1.requires_grad:
         mirrored = masked_regression(x1, x0, loss="cosine", eps=eps)
         loss = loss + (mirrored - mirrored.detach())
-    return means.rescale(loss, _batch(process_group, "negative_cosine_similarity", x0=x0, x1=x1, eps=eps))
+    batch = _batch(process_group, "negative_cosine_similarity", **brought)
+    if over_rows and not batch.local:
+        raise ValueError(f"dim must not be that of the rows, which several ranks share out, got {dim}")
+    return batch.weigh(loss)
 
 
 def _batch(process_group: Any, loss: str, /, **brought: Any) -> Batch:

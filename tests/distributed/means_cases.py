@@ -281,3 +281,12 @@ def large_sums(group: Any) -> tuple[Tensor, Gradients]:
     loss = losses.masked_lm_loss(hidden, weight, torch.zeros(3000, dtype=torch.int64), process_group=group)
     loss.backward()
     return loss.detach(), {"hidden": hidden.grad, "weight": weight.grad}
+
+
+def cosine_of_the_rows(group: Any) -> str:
+    x = torch.randn(4, 3)
+    try:
+        losses.negative_cosine_similarity(x, x.flip(0), dim=0, process_group=group)
+    except ValueError as error:
+        return str(error)
+    return ""

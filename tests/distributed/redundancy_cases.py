@@ -68,6 +68,14 @@ def paper(a: Tensor, b: Tensor, **options: Any) -> Tensor:
 barlow_narrow, barlow_wide = (case(losses.barlow_twins_loss, d) for d in (NARROW, WIDE))
 vicreg_narrow, vicreg_wide = (case(losses.vicreg_loss, d) for d in (NARROW, WIDE))
 vicreg_positions = case(paper, 2, WIDE)
+
+
+def frossl_many(*z_views: Tensor, **options: Any) -> Tensor:
+    """Of more views than have their rows compared."""
+    return losses.frossl_loss([z_views[i % 2] + i * z_views[0] for i in range(17)], 0.5, **options)
+
+
+frossl_many_narrow = case(frossl_many, NARROW)
 frossl_narrow, frossl_wide = (case(frossl, d) for d in (NARROW, WIDE))
 tico = Case(lambda: Views(TiCo(), NARROW), views(NARROW))
 tico_through = Case(lambda: Views(TiCo(beta=0.5, through_batch=True), NARROW), views(NARROW))
@@ -201,8 +209,10 @@ def opcheck(group: Any, strategy: str, even: bool) -> None:
     sizes = None if even else 2 + torch.arange(world)
     route = sizes, rank, world, strategy, group.group_name
     ops, checks = torch.ops.sslkernels, ("test_schema", "test_autograd_registration", "test_faketensor")
-    for d in (4, 32):
-        x, y = (torch.randn(n, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for d, order in ((4, "rows"), (32, "rows"), (4, "columns"), (32, "columns")):
+        shape = (n, d) if order == "rows" else (d, n)
+        x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        x, y = (x, y) if order == "rows" else (x.T, y.T)
         arguments: dict[Any, tuple[Any, ...]] = {
             ops.distributed_correlation: (x, y, 5e-3, 1e-5, *route, [True, True]),
             ops.distributed_covariance: (x, y, [1.0] * 3, 1.0, 1e-4, *route, [True, True]),

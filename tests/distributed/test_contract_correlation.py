@@ -46,3 +46,7 @@ def test_batches_of_one_size_compiled(ranks, name):
 @pytest.mark.parametrize("name", [*NARROW, *WIDE])
 def test_gradients_accumulate(ranks, name):
     check(ranks, name, "2", Setting(UNEVEN, micro_batches=3))
+
+
+def test_more_views_than_have_their_rows_compared(ranks):
+    check(ranks, "frossl_many_narrow", "3", Setting(UNEVEN))

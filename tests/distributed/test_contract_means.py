@@ -104,3 +104,7 @@ def test_sums_beyond_float16_are_divided_before_they_are_rounded(ranks):
     for loss, found in ranks.run(means_cases.large_sums, "2"):
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(found, gradients)
+
+
+def test_a_cosine_over_the_rows_of_all_ranks_is_refused(ranks):
+    assert all("dim must not be that of the rows" in text for text in ranks.run(means_cases.cosine_of_the_rows, "2"))
