@@ -11,6 +11,7 @@ import pytest
 import torch
 import training_cases as cases
 
+from sslkernels.distributed._launch import launched, place
 from sslkernels.presets import PRESETS
 
 STEPS = 4
@@ -46,6 +47,17 @@ def test_curve_in_float32(ranks):
 
 def test_a_score_is_that_of_the_method_on_one_process(ranks):
     assert all(ranks.run(cases.scored, "2", "clip"))
+
+
+@pytest.mark.parametrize("names", [(), ("WORLD_SIZE",), ("RANK",)], ids=str)
+def test_one_variable_of_torchrun_alone_starts_nothing(monkeypatch, names):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    assert place() is None
+    with launched() as group:
+        assert group is None
 
 
 def torchrun(*arguments):
