@@ -69,9 +69,12 @@ class FirstTower(nn.Module):
 class Table(nn.Module):
     """Features that are parameters: nothing but the loss rounds them."""
 
-    def __init__(self, loss: Callable[..., Tensor], sets: int = 2) -> None:
+    def __init__(self, loss: Callable[..., Tensor], sets: int = 2, rows: int = 32, apart: float | None = None) -> None:
         super().__init__()
-        self.features = nn.Parameter(torch.randn(sets, 32, WIDTH))
+        features = torch.randn(sets, rows, WIDTH)
+        if apart is not None:  # from a row that all have in common
+            features = torch.randn(WIDTH) + apart * features
+        self.features = nn.Parameter(features)
         self.loss = loss
 
     def forward(self, ids: Tensor, *rest: Tensor, **options: Any) -> Tensor:
@@ -123,6 +126,10 @@ def pairs(n: int, generator: torch.Generator) -> Sequence[Tensor]:
 
 def ids(n: int, generator: torch.Generator) -> Sequence[Tensor]:
     return (torch.randperm(32, generator=generator)[:n],)
+
+
+def every_id(n: int, generator: torch.Generator) -> Sequence[Tensor]:
+    return (torch.arange(n),)
 
 
 def ids_and_labels(n: int, generator: torch.Generator) -> Sequence[Tensor]:
@@ -229,6 +236,7 @@ clip_frozen = Case(lambda: FirstTower(partial(losses.clip_loss, label_smoothing=
 clip_rows = Case(lambda: TwoTowers(own_share(losses.clip_loss)), two_views)
 clip_stats = Case(lambda: TwoTowers(with_stats(losses.clip_loss, reduction="sum")), two_views)
 clip_table = Case(lambda: Table(partial(losses.clip_loss, logit_scale=0.5)), ids)
+clip_alike = Case(lambda: Table(partial(losses.clip_loss, logit_scale=0.05), rows=256, apart=0.05), every_id)
 
 supcon = Case(lambda: OneSet(losses.supcon, 0.3), labelled)
 supcon_sorted = Case(lambda: OneSet(losses.supcon, 0.3), sorted_labels)

@@ -49,6 +49,11 @@ def test_features_of_16_bits(ranks, name):
     check(ranks, name, "3", Setting(UNEVEN, "ring", dtype=torch.bfloat16))
 
 
+def test_features_of_16_bits_whose_gradients_cancel(ranks):
+    """Rows that have most in common: what blocks of keys give is far larger than their sum."""
+    check(ranks, "clip_alike", "4", Setting((64,) * 4, "ring", dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip", "supcon"])
 def test_float32_at_small_losses(ranks, name, strategy):

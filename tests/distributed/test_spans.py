@@ -11,7 +11,7 @@ import torch
 from span_cases import LOSSES, ROWS, group_of_one, largest_tensor, peaks, statistics
 
 from sslkernels import losses
-from sslkernels.distributed import Group
+from sslkernels.distributed import Batch, Group
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -42,6 +42,13 @@ def test_statistics_are_of_the_own_rows_and_all_keys(ranks, name, strategy):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert abs(found[key] - value) <= 1e-12 * abs(value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_are_counted_exactly_beside_features_of_16_bits(dtype):
+    for sizes in ([128, 129], [40_000, 40_001]):
+        batch = Batch("a group", 0, 2, "gather", sizes[0], torch.tensor(sizes))
+        assert batch.total(torch.zeros(1, dtype=dtype)) == sum(sizes)
 
 
 @pytest.mark.parametrize("name", LOSSES)
