@@ -21,6 +21,7 @@ from sslkernels import _checks as check
 from sslkernels.audit._inputs import INPUTS, Inputs
 from sslkernels.audit._measure import Measured, Task, measure
 from sslkernels.audit._verdict import Finding, find
+from sslkernels.distributed._launch import place
 
 TIMEOUT = 60  # seconds, of a collective; a rank that waits as long is stuck
 
@@ -108,8 +109,15 @@ def check_dist(
         sizes = [rows + 3 * (uneven and rank % 2) for rank in range(world)]
         return Task(target, arguments or {}, inputs, sizes, dim, steps)
 
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return Audit((_among(task(int(os.environ["WORLD_SIZE"])), tolerance),))
+    if launch := place():
+        rank, world = launch
+        if world < 2:
+            raise ValueError(f"torchrun must start at least 2 processes, got {world}")
+        return Audit((_among(task(world), rank, tolerance),))
+    if not isinstance(processes, Sequence) or isinstance(processes, str):
+        raise TypeError(f"processes must be a sequence of integers, got {processes!r}")
+    if not processes:
+        raise ValueError("processes must not be empty")
     for world in processes:
         check.integer("processes", world, 2)
     return Audit(tuple(_started(task(world), tolerance) for world in processes))
@@ -126,13 +134,12 @@ def load(name: str) -> Any:
     return found
 
 
-def _among(task: Task, tolerance: float) -> Finding:
+def _among(task: Task, rank: int, tolerance: float) -> Finding:
     """The finding of the processes that torchrun started, on each of them."""
     import torch.distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     limit = timedelta(seconds=TIMEOUT)
-    measured = measure(task, rank, world, lambda: dist.init_process_group("gloo", timeout=limit))
+    measured = measure(task, rank, len(task.sizes), lambda: dist.init_process_group("gloo", timeout=limit))
     found: list[Any] = [find(measured, tolerance) if measured else None]
     dist.broadcast_object_list(found, src=0)
     dist.destroy_process_group()

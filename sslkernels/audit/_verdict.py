@@ -47,7 +47,7 @@ class _Likeness(NamedTuple):
 
 def _alike(found: Tensor, true: Tensor, name: str, floor: float) -> _Likeness:
     norm, true_norm = float(found.norm()), float(true.norm())
-    error = float((found - true).norm()) / max(true_norm, floor)
+    error = float((found - true).norm()) / (max(true_norm, floor) or 1.0)
     if true_norm <= floor:
         return _Likeness(error, math.nan if error else 1.0, math.nan if error else 1.0, name)
     cosine = float((found * true).sum()) / (norm * true_norm) if norm else 0.0
@@ -55,11 +55,12 @@ def _alike(found: Tensor, true: Tensor, name: str, floor: float) -> _Likeness:
 
 
 def _compare(found: Gradients, true: Gradients) -> list[_Likeness]:
-    """Parameter by parameter, the worst first."""
-    floor = NEGLIGIBLE * float(torch.stack([x.norm() for x in true.values()]).norm())
+    """Parameter by parameter, the worst first; without a gradient is with one of zero."""
+    floor = NEGLIGIBLE * math.hypot(*(float(x.norm()) for x in true.values()))
+    zeros = {name: torch.zeros_like(x) for name, x in (true | found).items()}
     everything = [
-        _alike(found.get(name, torch.zeros_like(x)), x, name.removeprefix("encoder."), floor)
-        for name, x in true.items()
+        _alike(found.get(name, zero), true.get(name, zero), name.removeprefix("encoder."), floor)
+        for name, zero in zeros.items()
     ]
     return sorted(everything, key=lambda likeness: -likeness.error if likeness.error == likeness.error else -math.inf)
 
@@ -69,7 +70,7 @@ def _close(a: float, b: float, tolerance: float) -> bool:
 
 
 def find(measured: Measured, tolerance: float) -> Finding:
-    """The step that is worst, as a finding."""
+    """The first step that is not exact, or else the first, as a finding."""
     findings = [_find(measured, i, tolerance) for i in range(len(measured.true))]
     return next((f for f in findings if not f.exact), findings[0])
 

@@ -87,6 +87,11 @@ def test_state():
     assert not found(cases.Centred, steps=2).exact
 
 
+def test_gradient_that_one_process_lacks():
+    finding = found(cases.Leak)
+    assert finding.parameter == "loss.weight" and finding.verdict == "the gradient of loss.weight should be zero"
+
+
 def test_a_module_and_own_inputs():
     assert found(losses.NTXentLoss(gather_distributed=True), inputs=cases.own_inputs).exact
     assert found("check_dist_cases:moco", inputs=Inputs(cases.triples, cases.three)).exact
@@ -107,6 +112,18 @@ def test_refuses():
         check_dist("losses.NTXentLoss")
     with pytest.raises(ValueError, match="processes must be at least 2, got 1"):
         check_dist(losses.NTXentLoss, processes=[1])
+    with pytest.raises(ValueError, match="processes must not be empty"):
+        check_dist(losses.NTXentLoss, processes=[])
+    for wrong in (2, "24"):
+        with pytest.raises(TypeError, match="processes must be a sequence of integers, got"):
+            check_dist(losses.NTXentLoss, processes=wrong)
+
+
+def test_refuses_one_process_of_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="torchrun must start at least 2 processes, got 1"):
+        check_dist(losses.NTXentLoss)
 
 
 def command(*arguments: str, capsys, monkeypatch) -> tuple[int, str]:
