@@ -83,6 +83,11 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {x.device}")
 
 
+def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}), got {x.dtype}")
+
+
 def vector(name: str, x: Any, rows: int, like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     """`x` is a (rows,) tensor on the device of `like`, of one of `dtypes`."""
     tensor(name, x)

@@ -128,8 +128,8 @@ def ibot_patch_loss(
     Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
     Raises:
-        ValueError, TypeError: other shapes, dtypes or devices; no image; a mask that does not have N true (on another
-            device than the CPU the loss is NaN instead).
+        ValueError, TypeError: other shapes, dtypes or devices; no image; center_mean without return_center; a mask
+            that does not have N true (on another device than the CPU the loss is NaN instead).
 
     Example:
         >>> mask = torch.rand(4, 7, 7) < 0.3
@@ -138,6 +138,8 @@ def ibot_patch_loss(
 
     Source: Zhou et al. 2022, `main_ibot.py::iBOTLoss`; DINOv2 `loss/ibot_patch_loss.py`; lightly `IBOTPatchLoss`.
     """
+    if center_mean is not None and not return_center:
+        raise ValueError("center_mean must not be given with center_mode='sinkhorn_knopp', or without return_center")
     batch = _tokens_batch(
         *(process_group, "ibot_patch_loss", teacher_out, student_out, mask),
         center=center, weight=weight, teacher_weight=teacher_weight, teacher_temp=teacher_temp,
@@ -173,6 +175,9 @@ def _views_batch(process_group: Any, loss: str, teacher_out: Views, student_out:
     views = [count_views(name, x) for name, x in (("teacher_out", teacher_out), ("student_out", student_out))]
     if views == [1, 1]:
         raise ValueError("student_out must have at least two views, or teacher_out: a view is not compared with itself")
+    if process_group is not None:
+        _check_alike("teacher_out", teacher_out)
+        _check_alike("student_out", student_out)
     return distributed.batch(
         *(process_group, None, loss),
         student_out=_first_view(student_out), teacher_out=_first_view(teacher_out), student_views=views[1],
@@ -199,6 +204,19 @@ def _tokens_batch(
 def _first_view(views: Views) -> Tensor:
     view = views if isinstance(views, Tensor) else views[0]
     return view if view.ndim == 2 else view[0]
+
+
+def _check_alike(name: str, views: Views) -> None:
+    """What the op asks of all views: ranks compare the first, and would wait for one that the op refuses another."""
+    if isinstance(views, Tensor):
+        return
+    for i, view in enumerate(views):
+        label, first = f"{name}[{i}]", f"{name}[0]"
+        if view.shape[-2:] != views[0].shape[-2:]:
+            expected = f"the (B, V) of {first} {tuple(views[0].shape[-2:])}"
+            raise ValueError(f"{label} must have {expected}, got {tuple(view.shape)}")
+        check.same_dtype(label, view, first, views[0])
+        check.same_device(label, view, first, views[0])
 
 
 def count_views(name: str, x: Any) -> int:

@@ -65,6 +65,7 @@ def swav_loss(
     for name, crops in (("high_resolution_outputs", high), ("low_resolution_outputs", low)):
         for i, x in enumerate(crops):
             _check_like(f"{name}[{i}]", x, high[0], high[0].shape[0])
+            check.same_dtype(f"{name}[{i}]", x, "high_resolution_outputs[0]", high[0])
     scores = [x.detach() for x in high]
     if queue_outputs is not None:
         if len(queue_outputs) != len(high):
@@ -77,8 +78,8 @@ def swav_loss(
     batch = distributed.batch(
         *(process_group, None, "swav_loss"),
         scores=high[0], high_resolution_crops=len(high), low_resolution_crops=len(low),
-        queue=queue_outputs is not None, temperature=temperature, sinkhorn_iterations=sinkhorn_iterations,
-        sinkhorn_epsilon=sinkhorn_epsilon,
+        queue=", ".join(str(x.dtype) for x in queue_outputs or ()), temperature=temperature,
+        sinkhorn_iterations=sinkhorn_iterations, sinkhorn_epsilon=sinkhorn_epsilon,
     )  # fmt: skip
     centers = sinkhorn_centers(batch, scores, sinkhorn_iterations, sinkhorn_epsilon)
     targets = [x.detach() for x in high]

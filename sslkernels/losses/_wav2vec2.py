@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sslkernels import _checks as check
 from sslkernels import distributed
 from sslkernels._autocast import cast_features
+from sslkernels._random import seed_tensor
 from sslkernels.losses import _common as common
 from sslkernels.losses import _means as means
 from sslkernels.losses._diversity import diversity_loss
@@ -87,6 +88,7 @@ def wav2vec2_loss(
     scale = common.inverse(temperature, context)
     _check_ids(ids, context)
     check.mask(mask, context.shape[:2], context)
+    seed = seed_tensor(seed, generator, context.device)  # now, as ranks wait for one that is refused it later
     ranks = means.counted_batch(
         *(process_group, "wav2vec2_loss"),
         context=context, temperature=temperature, num_negatives=num_negatives, reduction=reduction,
@@ -108,7 +110,7 @@ def wav2vec2_loss(
         context, targets = context.masked_fill(none, 0.0), targets.masked_fill(none, 0.0)
         ids = ids if ids is None else ids.take_along_dim(frames.view(*frames.shape, *[1] * (ids.ndim - 2)), 1)
 
-    counts = distractor_counts(lengths, length, num_negatives, generator=generator, seed=seed)
+    counts = distractor_counts(lengths, length, num_negatives, seed=seed)
     key = _row_keys(targets.detach() + 0.0 if ids is None else ids.reshape(*ids.shape[:2], -1))  # -0 is 0
     counts.masked_fill_(key[:, :, None] == key[:, None, :], 0.0)
     some = counts.any(2)
@@ -158,6 +160,19 @@ def _row_keys(x: Tensor) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 31)) * -0x61C8864680B583EB
     return x ^ (x >> 29)
+
+
+@distributed.raises_together
+def penalty_of_all_frames(features_penalty: Any, context: Tensor, *, process_group: Any) -> Tensor:
+    """What this rank adds for a mean over its own frames."""
+    check.tensor("features_penalty", features_penalty)
+    check.number("features_penalty", features_penalty, context)
+    mean = features_penalty.reshape(())
+    batch = means.counted_batch(process_group, "Wav2Vec2Loss", context=context)
+    if batch.local:
+        return mean
+    own = common.wide(mean).new_full((), context.shape[:2].numel())
+    return mean * (batch.world * own / batch.sum(own))
 
 
 class Wav2Vec2Loss(Loss):
@@ -228,19 +243,9 @@ class Wav2Vec2Loss(Loss):
             diversity = diversity_loss(probabilities, count=count, **self.span)
             loss, stats["diversity"] = loss + self.diversity_weight * diversity, diversity.detach()
         if features_penalty is not None:
-            check.tensor("features_penalty", features_penalty)
-            check.number("features_penalty", features_penalty, context)
-            penalty = self._of_all_frames(features_penalty.reshape(()), context)
+            penalty = penalty_of_all_frames(features_penalty, context, **self.span)
             loss, stats["penalty"] = loss + self.penalty_weight * penalty, penalty.detach()
         return (loss, stats) if return_stats else loss
-
-    def _of_all_frames(self, mean: Tensor, context: Tensor) -> Tensor:
-        """What this rank adds for a mean over its own frames."""
-        batch = means.counted_batch(self.span["process_group"], "Wav2Vec2Loss", context=context)
-        if batch.local:
-            return mean
-        own = common.wide(mean).new_full((), context.shape[:2].numel())
-        return mean * (batch.world * own / batch.sum(own))
 
     def extra_repr(self) -> str:
         weights = f"diversity_weight={self.diversity_weight}, penalty_weight={self.penalty_weight}"

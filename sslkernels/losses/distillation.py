@@ -186,12 +186,11 @@ class IBOTPatchLoss(nn.Module):
         call: dict[str, Any] = {"weight": weight, "teacher_weight": teacher_weight, "inplace": inplace}
         call.update(student_temp=self.student_temp, process_group=self.process_group)
         if self.center_mode == "sinkhorn_knopp":
-            if center_mean is not None:
-                raise ValueError("center_mean must not be given with center_mode='sinkhorn_knopp'")
 
             def balanced(batch: Batch) -> Tensor | None:
                 return _balanced(batch, teacher_out, temperature, weight, teacher_weight)
 
+            call.update(center_mean=center_mean)  # which it refuses, where other ranks hear of it
             return ibot_patch_loss(teacher_out, student_out, mask, balanced, temperature, **call)
         call.update(return_center=True, center_mean=center_mean)
         loss, mean = ibot_patch_loss(teacher_out, student_out, mask, center, temperature, **call)

@@ -37,8 +37,8 @@ def koleo_loss(x: Tensor, eps: float = 1e-8, *, p: float = 2.0, process_group: A
         x: (N, D), N > 1. 16-bit rows are computed in float32, where eps is not zero; so it is under autocast.
         eps: below every length.
         p: of the distance's norm, 1 or more.
-        process_group: as in `distributed.Group`; neighbours are then sought on all ranks, which gather the rows. DINOv2
-            has none, and DINOv3 groups of a few ranks.
+        process_group: as in `distributed.Group`; neighbours are then sought on all ranks, which gather the rows: a
+            Group of another strategy is refused. DINOv2 has none, and DINOv3 groups of a few ranks.
 
     Over several ranks the mean of their losses, and DDP's average of their gradients, are those of one process.
 
@@ -47,7 +47,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8, *, p: float = 2.0, process_group: A
 
     Raises:
         ValueError, TypeError: x of another rank or dtype; fewer than two rows (a rank among several may have one); eps
-            or p out of range.
+            or p out of range; a strategy other than "gather".
 
     Example:
         >>> koleo_loss(torch.randn(8, 16, requires_grad=True)).backward()
@@ -56,7 +56,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8, *, p: float = 2.0, process_group: A
     `KoLeoLoss`.
     """
     check.features(x=x)
-    _check_options(p, eps)
+    _check_options(p, eps, process_group)
     if not x.shape[0]:
         raise ValueError(f"x must have at least 2 rows, got shape {tuple(x.shape)}")
     batch = distributed.batch(process_group, None, "koleo_loss", x=x, eps=eps, p=p)
@@ -77,9 +77,11 @@ def koleo_loss(x: Tensor, eps: float = 1e-8, *, p: float = 2.0, process_group: A
     return -batch.mean((torch.where(constant, distance.detach(), distance) + eps).log())
 
 
-def _check_options(p: Any, eps: Any) -> None:
+def _check_options(p: Any, eps: Any, process_group: Any) -> None:
     check.positive("eps", eps)
     check.in_range("p", p, 1.0, float("inf"))
+    if isinstance(process_group, distributed.Group) and process_group.strategy != "gather":
+        raise ValueError(f"strategy must be 'gather', which is all that KoLeo offers, got {process_group.strategy!r}")
 
 
 class KoLeoLoss(Loss):
@@ -90,7 +92,7 @@ class KoLeoLoss(Loss):
     """
 
     def __init__(self, p: float = 2, eps: float = 1e-8, *, process_group: Any = None) -> None:
-        _check_options(p, eps)
+        _check_options(p, eps, process_group)
         super().__init__(p=p, eps=eps)
         self.span = spanning(False, process_group, None)
 

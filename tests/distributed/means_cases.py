@@ -268,6 +268,13 @@ def wrong_on_one_rank(group: Any, name: str) -> str:
     try:
         if name == "masked_lm":
             losses.masked_lm_loss(x, x[0], labels + CLASSES if wrong else labels.clamp(max=3), process_group=group)
+        elif name == "wav2vec2_seed":
+            losses.wav2vec2_loss(x, x, seed=0.5 if wrong else 1, process_group=group)  # type: ignore[arg-type]
+        elif name == "wav2vec2_generator":
+            options = {"seed": 1, "generator": torch.Generator() if wrong else None}
+            losses.wav2vec2_loss(x, x, **options, process_group=group)
+        elif name == "wav2vec2_penalty":
+            losses.Wav2Vec2Loss(process_group=group)(x, x, None, None, x.mean(0 if wrong else None))
         else:
             losses.MaskedRegressionLoss(process_group=group)(x, x[:, : 3 if wrong else None])
     except Exception as error:

@@ -170,3 +170,53 @@ def koleo_on(group: Any, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     loss.backward()
     assert x.grad is not None
     return loss.detach(), x.grad
+
+
+def wrong_on_rank_1(group: Any, name: str) -> str:
+    """The error of each rank, of a call that is wrong on rank 1 alone; a step without a fault follows."""
+    outcome = _error(lambda: _call(group, name if torch.distributed.get_rank(group) == 1 else ""))
+    _call(group, "")
+    return outcome
+
+
+def _error(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _call(group: Any, fault: str) -> None:
+    """Each of these losses in turn."""
+    torch.manual_seed(0)
+    views = [torch.randn(4, PROTOTYPES) for _ in range(5)]
+    teacher, student, mask = views[:2], list(views), torch.ones(2, 2, dtype=torch.bool)
+    high, low, queues = views[:2], views[2:4], [views[0][:3], views[1]]
+    if fault == "teacher rows":
+        teacher[1] = teacher[1][:3]
+    elif fault == "local width":
+        student[3] = student[3][:, 1:]
+    elif fault == "local dtype":
+        student[4] = student[4].double()
+    elif fault == "local device":
+        student[4] = student[4].to("meta")
+    elif fault == "crop dtype":
+        low[1] = low[1].double()
+    elif fault == "queue dtype":
+        queues[1] = queues[1].double()
+    losses.DINOLoss(PROTOTYPES, process_group=group)(teacher, student)
+    losses.SwaVLoss(process_group=group)(high, low, queues)
+    ibot = losses.IBOTPatchLoss(PROTOTYPES, center_mode="sinkhorn_knopp", process_group=group)
+    ibot(views[0], views[1], mask, center_mean=views[0][0] if fault == "center_mean" else None)
+    ring = distributed.Group(group, strategy="ring")
+    losses.koleo_loss(views[0], process_group=ring if fault == "ring" else group)
+
+
+def koleo_by_ring(group: Any) -> tuple[str, str]:
+    """Function and module, on all ranks."""
+    ring = distributed.Group(group, strategy="ring")
+    function = _error(lambda: losses.koleo_loss(torch.randn(3, 4), process_group=ring))
+    found = function, _error(lambda: losses.KoLeoLoss(process_group=ring))
+    _call(group, "")
+    return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract import EVEN, UNEVEN, Setting
 from contract import check as check_contract
-from prototype_cases import WithMean, centers_on, koleo_on, module_steps
+from prototype_cases import WithMean, centers_on, koleo_by_ring, koleo_on, module_steps, wrong_on_rank_1
 from torch import Tensor
 
 from sslkernels import losses, ops
@@ -31,7 +31,7 @@ def test_batches_of_one_size_compared_once(ranks: Any, name: str) -> None:
     check(ranks, name, "2", Setting(EVEN, check="first"))
 
 
-@pytest.mark.parametrize("name", ["dino", "dino_rows", "dino_sinkhorn", "ibot_first", "swav", "koleo"])
+@pytest.mark.parametrize("name", ["dino", "dino_rows", "dino_sinkhorn", "ibot_first", "swav_queue", "koleo"])
 def test_compiled(ranks: Any, name: str) -> None:
     check(ranks, name, "2", Setting(UNEVEN, compiled=True))
 
@@ -100,6 +100,17 @@ def test_sinkhorn_of_hidden_and_far_scores(ranks: Any) -> None:
         second[0, 2] = bad
         for x, center in zip((first, second), ranks.run(centers_on, "2", [[first], [second]], 3, 0.05)):
             assert codes_of(x, center[0], 0.05).isnan().all()
+
+
+def test_first_sinkhorn_centre_where_nobody_shows_a_prototype(ranks: Any) -> None:
+    """-inf there, as in one process, and no NaN."""
+    views = [rows_of(5), rows_of(4)]
+    for x in views:
+        x[:, 2] = -torch.inf
+    exact = ops.sinkhorn_center(torch.cat(views), 1, 0.5)
+    assert exact[2] == -torch.inf
+    for center in ranks.run(centers_on, "2", [[x] for x in views], 1, 0.5):
+        torch.testing.assert_close(center[0], exact, rtol=1e-12, atol=1e-12)
 
 
 def dino_arguments(sizes: Any) -> list[tuple[Any, ...]]:
@@ -199,6 +210,48 @@ def test_koleo_of_equal_rows_on_different_ranks(ranks: Any) -> None:
     for value, grad in ranks.run(koleo_on, "2", [row, row.clone()]):
         torch.testing.assert_close(value, exact)
         assert not grad.any()
+
+
+def test_koleo_of_a_neighbor_of_no_length_on_another_rank(ranks: Any) -> None:
+    """The pair adds a constant, and no gradient to the row of zeros, as in one process."""
+    x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 0.1, 0.0]], dtype=torch.float64, requires_grad=True)
+    exact = losses.koleo_loss(x)
+    exact.backward()
+    assert x.grad is not None and not x.grad[1].any()
+    outcomes = ranks.run(koleo_on, "2", x.detach().split((1, 2)))
+    torch.testing.assert_close(torch.stack([value for value, _ in outcomes]).mean(), exact.detach())
+    torch.testing.assert_close(torch.cat([grad for _, grad in outcomes]) / 2, x.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_koleo_by_ring_is_refused(ranks: Any) -> None:
+    for found in ranks.run(koleo_by_ring, "2"):
+        for error in found:
+            assert error.startswith("ValueError: strategy must be 'gather', which is all that KoLeo offers, got 'ring'")
+
+
+FAULTS = {
+    "teacher rows": "ValueError in dino_loss: teacher_out[1] must have the (B, V) of teacher_out[0] (4, 7), got (3, 7)",
+    "local width": "ValueError in dino_loss: student_out[3] must have the (B, V) of student_out[0] (4, 7), got (4, 6)",
+    "local dtype": "TypeError in dino_loss: student_out[4] must have the dtype of student_out[0]",
+    "local device": "ValueError in dino_loss: student_out[4] must be on the device of student_out[0] (cpu), got meta",
+    "crop dtype": "TypeError in swav_loss: low_resolution_outputs[1] must have the dtype of high_resolution_outputs[0]",
+    "center_mean": "ValueError in ibot_patch_loss: center_mean must not be given with center_mode='sinkhorn_knopp'",
+    "ring": "ValueError in koleo_loss: strategy must be 'gather'",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks: Any, fault: str) -> None:
+    other, own = ranks.run(wrong_on_rank_1, "2", fault)
+    kind, _, message = FAULTS[fault].partition(" in ")
+    assert own.startswith(f"{kind}: {message.split(': ', 1)[1]}"), own
+    assert other.startswith(f"RuntimeError: rank 1 raised {FAULTS[fault]}"), other
+
+
+def test_queues_of_another_dtype_on_one_rank(ranks: Any) -> None:
+    for error in ranks.run(wrong_on_rank_1, "2", "queue dtype"):
+        assert error.startswith("RuntimeError: swav_loss: the ranks disagree on queue: "), error
+        assert error.endswith("'torch.float32, torch.float64' on rank 1"), error
 
 
 def test_repr_names_the_group() -> None:

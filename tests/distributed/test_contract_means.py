@@ -76,6 +76,15 @@ def test_where_nothing_counts_on_any_rank_a_mean_is_that_of_one_process(ranks, n
             assert torch.equal(gradient, torch.zeros_like(gradient)) and torch.equal(gradient, gradients[key])
 
 
+def test_diversity_of_no_frames_on_any_rank(ranks):
+    """That of probabilities of 0, which `GumbelVectorQuantizer` returns of none, as in one process."""
+    expected, gradients = means_cases.without_a_count(None, "diversity")
+    assert expected.isfinite()
+    for loss, found in ranks.run(means_cases.without_a_count, "2", "diversity"):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(found, gradients)
+
+
 @pytest.mark.parametrize("check", ["step", "first"])
 def test_lengths_that_change_on_one_rank(ranks, check):
     """What is compared once has no length, so that no rank compares again while another does not."""
@@ -93,10 +102,13 @@ def test_a_module_hands_its_group_on(ranks):
             torch.testing.assert_close(module, function, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["masked_lm", "masked_regression"])
+@pytest.mark.parametrize(
+    "name", ["masked_lm", "masked_regression", "wav2vec2_seed", "wav2vec2_generator", "wav2vec2_penalty"]
+)
 def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, name):
     other, own = ranks.run(means_cases.wrong_on_one_rank, "2", name)
-    assert own.startswith("ValueError") and "rank 1 raised ValueError" in other
+    kind = "TypeError" if name == "wav2vec2_seed" else "ValueError"
+    assert own.startswith(kind) and f"rank 1 raised {kind}" in other
 
 
 def test_sums_beyond_float16_are_divided_before_they_are_rounded(ranks):
