@@ -13,10 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sslkernels import _checks as check
+from sslkernels._held import modules_of
 
 __all__ = ["cached_step"]
 
-FAITHFUL = 0.05  # by which the second features may differ from the first: another kernel's rounding in 16 bits
+# by which the second features may differ from the first, relative to their norm: another kernel's rounding
+FAITHFUL = {torch.float64: 1e-8, torch.float32: 1e-3}
+FAITHFUL_IN_16_BITS = 0.05
 
 
 def cached_step(
@@ -39,7 +42,10 @@ def cached_step(
 
     Args:
         model: a module, or any function; a module wrapped in DistributedDataParallel, or holding such, averages once,
-            in the last backward.
+            in the last backward. Of a function that goes for all modules that it holds: bound to it, in its closure,
+            its arguments by `functools.partial`, or globals, lists and attributes that it names, and those of the
+            functions that it calls. From one that it reaches otherwise, hide no DistributedDataParallel: it would
+            average in each backward, and ranks of different numbers of micro-batches would wait for each other.
         loss_fn: takes the features as the model returns them: a tensor, a tuple as `*features`, a dict as `**features`;
             returns a loss of one element, or (loss, what else is wanted of the whole batch).
         inputs, kwargs: of the model. Tensors in them, in containers too, are split along their first dimension, which
@@ -48,14 +54,16 @@ def cached_step(
         scaler: a `torch.amp.GradScaler`, whose scale the gradients then have.
         batch_norm: in training mode its statistics are of the rows it sees. "refuse": raise. "micro_batch": take those
             of the micro-batch, another network than that of the whole batch; running averages move once a micro-batch.
+            Of a function all modules that it holds are looked at whole, whichever part it calls.
 
     The model's features have a row for each of the micro-batch's; a 0-D one is taken as a mean, that is, averaged over
     the rows, which leaves a logit scale that the model returns as it is. Called under `torch.autocast`, all forwards
     are.
 
     Replayed are torch's own generators, those of the devices at hand, and generators among the inputs; buffers have
-    the values that the first forward left. Draws from elsewhere cannot be replayed: where values may be read (on the
-    CPU, or under `check_values`) features that differ in the second forward raise.
+    the values that the first forward and `loss_fn` left. Draws from elsewhere cannot be replayed: where values may be
+    read (on the CPU, or under `check_values`) features that differ in the second forward by more than rounding raise:
+    by 1e-3 of their norm in float32, 1e-8 in float64, 0.05 with 16-bit features or parameters or under autocast.
 
     With DistributedDataParallel, a parameter of the wrapped module that `loss_fn` uses past its forward is averaged
     with the others; with `find_unused_parameters=True` return it from the forward instead. `static_graph=True` is
@@ -81,9 +89,11 @@ def cached_step(
     """
     check.integer("micro_batch", micro_batch, 1)
     check.choice("batch_norm", batch_norm, ("refuse", "micro_batch"))
-    averaged = _check_model(model, batch_norm)
+    modules = modules_of(model)
+    averaged = _check_modules(modules, batch_norm)
     batch = _Rows.of((inputs, kwargs), micro_batch)
-    devices = _devices(model, batch.leaves)
+    devices = _devices(modules, batch.leaves)
+    coarse = _in_16_bits(modules, devices)
     generators = [x for x in batch.leaves if isinstance(x, torch.Generator)]
 
     states, outputs = [], []
@@ -92,7 +102,6 @@ def cached_step(
             states.append(_State.now(devices, generators))
             args, named = batch.part(rows)
             outputs.append(_Features.of(model(*args, **named), rows))
-    kept = [(x, x.clone()) for x in (model.buffers() if isinstance(model, nn.Module) else ())]
 
     features = _Features.together(outputs, batch.slices)
     del outputs
@@ -106,6 +115,7 @@ def cached_step(
             "forward: return the parameter from the forward"
         )
 
+    kept = [(x, x.clone()) for x in {id(x): x for module in modules for x in module.buffers()}.values()]
     end = _State.now(devices, generators)
     try:
         for i, (rows, state) in enumerate(zip(batch.slices, states)):
@@ -116,7 +126,7 @@ def cached_step(
                 state.restore()
                 args, named = batch.part(rows)
                 again = _Features.of(model(*args, **named), rows)
-                roots = features.gradients(again, rows, rows_in_all=batch.size) + own * last
+                roots = features.gradients(again, rows, rows_in_all=batch.size, coarse=coarse) + own * last
                 if roots:
                     with _no_autocast(devices):
                         torch.autograd.backward([x for x, _ in roots], [grad for _, grad in roots])
@@ -190,23 +200,26 @@ class _Features(NamedTuple):
 
         return cls([join(parts) for parts in zip(*(x.leaves for x in outputs))], outputs[0].spec)
 
-    def gradients(self, again: _Features, rows: slice, rows_in_all: int) -> list[tuple[Tensor, Tensor]]:
+    def gradients(
+        self, again: _Features, rows: slice, rows_in_all: int, *, coarse: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         """What the second forward made of these rows, each with the gradient it takes."""
         roots = []
         for whole, x in zip(self.leaves, again.leaves):
             if not isinstance(x, Tensor):
                 continue
             if x.ndim and x.is_floating_point() and check.readable(x):
-                _check_faithful(whole.detach()[rows], x.detach())
+                _check_faithful(whole.detach()[rows], x.detach(), coarse)
             if x.requires_grad and whole.grad is not None:
                 share = (rows.stop - rows.start) / rows_in_all
                 roots.append((x, whole.grad[rows] if x.ndim else whole.grad * share))
         return roots
 
 
-def _check_faithful(first: Tensor, second: Tensor) -> None:
+def _check_faithful(first: Tensor, second: Tensor, coarse: bool) -> None:
     error = (first - second).norm() / first.norm()
-    if error > FAITHFUL:  # not of a NaN
+    most = FAITHFUL_IN_16_BITS if coarse else FAITHFUL.get(second.dtype, FAITHFUL_IN_16_BITS)
+    if error > most:  # not of a NaN
         raise RuntimeError(
             f"the second forward gave features that differ by {error:.1g}: the model must not draw from other "
             "generators than torch's, nor depend on buffers or attributes that its forward changes"
@@ -228,18 +241,17 @@ def _loss(loss_fn: Callable[..., Any], features: _Features) -> tuple[Tensor, tup
     return loss, tuple(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, rest))
 
 
-def _check_model(model: Any, batch_norm: str) -> list[DistributedDataParallel]:
-    """The modules that average gradients over processes."""
-    if not isinstance(model, nn.Module):
-        return []
-    for name, part in model.named_modules():
+def _check_modules(modules: Sequence[nn.Module], batch_norm: str) -> list[DistributedDataParallel]:
+    """Those that average gradients over processes."""
+    parts = {id(part): (name, part) for module in modules for name, part in module.named_modules()}.values()
+    for name, part in parts:
         normalizes = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
         if normalizes and batch_norm == "refuse":
             raise ValueError(
                 f"{name or 'the model'} is batch norm in training mode, whose statistics would be of a micro-batch: "
                 "give batch_norm='micro_batch' if that is wanted, or call eval() on it, or use another norm"
             )
-    averaged = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    averaged = [part for _, part in parts if isinstance(part, DistributedDataParallel)]
     if any(ddp.static_graph for ddp in averaged):
         raise ValueError("DistributedDataParallel(static_graph=True) is not supported: its first backward must average")
     return averaged
@@ -286,10 +298,21 @@ class _State(NamedTuple):
             generator.set_state(state)
 
 
-def _devices(model: Any, leaves: Sequence[Any]) -> list[torch.device]:
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+def _devices(modules: Sequence[nn.Module], leaves: Sequence[Any]) -> list[torch.device]:
+    parameters = [p for module in modules for p in module.parameters()]
     found = {x.device for x in (*leaves, *parameters) if isinstance(x, Tensor)} | {torch.device("cpu")}
     return sorted(found, key=str)
+
+
+def _in_16_bits(modules: Sequence[nn.Module], devices: Sequence[torch.device]) -> bool:
+    """Whether features are rounded to 16 bits on their way, whatever dtype they come in."""
+    if any(p.is_floating_point() and p.itemsize < 4 for module in modules for p in module.parameters()):
+        return True
+    return any(_autocasts(kind) for kind in {device.type for device in devices})
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @contextmanager
@@ -297,6 +320,6 @@ def _no_autocast(devices: Sequence[torch.device]) -> Iterator[None]:
     """A backward takes the dtypes of its forward, and none of autocast's."""
     with ExitStack() as stack:
         for kind in {device.type for device in devices}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if _autocasts(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,6 +220,132 @@ def test_batch_norm_is_refused_unless_of_the_micro_batch():
     for name, value in other.named_buffers():
         assert torch.equal(dict(model.named_buffers())[name], value), name
     cached_step(model.eval(), whole, x, micro_batch=4)
+
+
+class Trainer:
+    """No module, but holds one; `__call__` reaches it through a method."""
+
+    def __init__(self, model):
+        self.model, self.parts = model, {"encoder": [model]}
+
+    @property
+    def encoder(self):
+        return self.model
+
+    def encode(self, x):
+        return self.model(x)
+
+    def __call__(self, x):
+        return self.encode(x)
+
+
+GLOBAL = None  # the model that `by_a_global` calls
+
+
+def by_a_global(x):
+    return GLOBAL(x)
+
+
+def functions_over(model):
+    """All the ways that a function comes to the model."""
+    trainer, models = Trainer(model), [model]
+
+    def inner(x):
+        return model(x)
+
+    return {
+        "closure": lambda x: model(x),
+        "list": lambda x: models[0](x),
+        "comprehension": lambda x: torch.cat([models[0](part) for part in x.split(2)]),
+        "global": by_a_global,
+        "function that calls one": lambda x: by_a_global(x),
+        "function in a function": lambda x: inner(x),
+        "default": lambda x, model=model: model(x),
+        "bound method": model.forward,
+        "method of an object": trainer.encode,
+        "object": trainer,
+        "function that calls an object": lambda x: trainer(x),
+        "attribute": lambda x: trainer.model(x),
+        "method of an attribute": lambda x: trainer.encode(x),
+        "property": lambda x: trainer.encoder(x),
+        "list of an attribute": lambda x: trainer.parts["encoder"][0](x),
+        "partial": functools.partial(lambda f, x: f(x), model),
+        "partial's keyword": functools.partial(lambda x, f: f(x), f=model),
+        "compiled": torch.compile(lambda x: model(x), backend="eager"),
+        "decorated": torch.autocast("cpu", enabled=False)(lambda x: model(x)),
+    }
+
+
+@pytest.fixture
+def normed(monkeypatch):
+    torch.manual_seed(0)
+    model = Normed()
+    monkeypatch.setitem(globals(), "GLOBAL", model)
+    return model
+
+
+@pytest.mark.parametrize("way", functions_over(nn.Identity()))
+def test_a_function_is_treated_as_the_module_it_holds(normed, way):
+    function, x, whole = functions_over(normed)[way], torch.randn(12, WIDTH), lambda z: z.logsumexp(0).sum()
+    with pytest.raises(ValueError, match=r"layers\.1 is batch norm in training mode"):
+        cached_step(function, whole, x, micro_batch=4)
+    other = copy.deepcopy(normed)
+    with torch.no_grad():
+        for part in x.split(4):
+            other(part) if way != "comprehension" else [other(piece) for piece in part.split(2)]
+    cached_step(function, whole, x, micro_batch=4, batch_norm="micro_batch")
+    for name, value in other.named_buffers():
+        assert torch.equal(dict(normed.named_buffers())[name], value), name
+
+
+def test_modules_that_a_function_does_not_name_do_not_count(normed):
+    trainer, x = SimpleNamespace(model=normed, other=nn.Linear(WIDTH, 4)), torch.randn(12, WIDTH)
+    cached_step(lambda x: trainer.other(x), lambda z: z.logsumexp(0).sum(), x, micro_batch=4)
+
+
+def test_buffers_that_the_loss_changes_stay_changed():
+    model, x = nn.Linear(WIDTH, 4), torch.randn(N, WIDTH)
+    model.register_buffer("losses", torch.zeros(()))
+
+    def loss_fn(z):
+        model.losses += 1
+        return z.logsumexp(0).sum()
+
+    cached_step(model, loss_fn, x, micro_batch=4)
+    assert model.losses == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, noise, raises",
+    [
+        (torch.float32, 1e-2, True),
+        (torch.float32, 1e-5, False),
+        (torch.float64, 1e-6, True),
+        (torch.float64, 1e-10, False),
+        (torch.bfloat16, 1e-2, False),
+        (torch.bfloat16, 0.2, True),
+        ("autocast", 1e-2, False),
+        ("autocast", 0.2, True),
+        ("16-bit model, float32 features", 1e-2, False),
+    ],
+    ids=str,
+)
+def test_how_far_the_second_forward_may_be_from_the_first(dtype, noise, raises):
+    """Noise of NumPy's generator, which cannot be replayed."""
+    draw, autocast = np.random.default_rng(0), dtype == "autocast"
+    inner = {"autocast": torch.float32, "16-bit model, float32 features": torch.bfloat16}.get(dtype, dtype)
+    model, x = nn.Linear(WIDTH, 4, dtype=inner), torch.randn(N, WIDTH, dtype=inner)
+    outer = torch.float32 if isinstance(dtype, str) else dtype
+
+    def forward(x):
+        z = model(x).to(outer)
+        return z * torch.from_numpy(1 + noise * draw.standard_normal(tuple(z.shape))).to(outer)
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(RuntimeError, match="second forward gave features that differ") if raises else nullcontext(),
+    ):
+        cached_step(forward, lambda z: z.float().logsumexp(0).sum(), x, micro_batch=4)
 
 
 def test_what_cannot_be_replayed_raises():

@@ -60,21 +60,47 @@ def alone(sizes: tuple[int, ...], returned: bool, steps: int) -> tuple[Tensor, d
     return total, gradients(model)
 
 
-def step(
-    group: Any, sizes: tuple[int, ...], returned: bool, steps: int, strategy: str, options: dict[str, Any]
-) -> tuple[Tensor, dict[str, Tensor], int]:
-    """On a rank, three rows at a time: losses, gradients, and how often a bucket of gradients was averaged."""
-    import torch.distributed as dist
+def counted(averaged: DistributedDataParallel, group: Any) -> list[int]:
+    """Where each averaging of a bucket of gradients is noted from here on."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    model, rank, averages = towers(returned), dist.get_rank(group), []
-    averaged = DistributedDataParallel(model, process_group=group, **options)
+    averages: list[int] = []
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations
         averages.append(bucket.index())
         return allreduce_hook(state, bucket)
 
     averaged.register_comm_hook(group, hook)
+    return averages
+
+
+def function_step(group: Any, sizes: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor], int]:
+    """As `step`, of a function that calls the wrapped encoder once a view."""
+    import torch.distributed as dist
+
+    model = towers(False)
+    encoder, temperature = model.encoder, float(model.temperature)
+    averaged = DistributedDataParallel(encoder, process_group=group)
+    averages = counted(averaged, group)
+    own = [x.split(list(sizes))[dist.get_rank(group)] for x in views(sum(sizes), 0)]
+    loss = cached_step(
+        lambda a, b: (averaged(a), averaged(b)),
+        lambda a, b: nt_xent(a, b, temperature, process_group=group),
+        *own,
+        micro_batch=3,
+    )
+    return loss, gradients(encoder), len(averages)
+
+
+def step(
+    group: Any, sizes: tuple[int, ...], returned: bool, steps: int, strategy: str, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """On a rank, three rows at a time: losses, gradients, and how often a bucket of gradients was averaged."""
+    import torch.distributed as dist
+
+    model, rank = towers(returned), dist.get_rank(group)
+    averaged = DistributedDataParallel(model, process_group=group, **options)
+    averages = counted(averaged, group)
     loss_fn = loss_of(model, process_group=group, strategy=strategy)
     total = torch.zeros((), dtype=torch.float64)
     for number in range(steps):

@@ -14,7 +14,10 @@ EVEN, UNEVEN = (7, 7, 7), (2, 8, 3)  # rows of each rank, 3 at a time
 def check(ranks, group, sizes, returned, steps=1, strategy="gather", **options):
     sizes = sizes[: len(GROUPS[group])]
     loss, expected = cases.alone(sizes, returned, steps)
-    outcomes = ranks.run(cases.step, group, sizes, returned, steps, strategy, options)
+    compare(ranks.run(cases.step, group, sizes, returned, steps, strategy, options), loss, expected)
+
+
+def compare(outcomes, loss, expected):
     torch.testing.assert_close(torch.stack([found for found, *_ in outcomes]).mean(), loss, rtol=1e-12, atol=0)
     for _, found, averages in outcomes:
         assert averages == 1
@@ -26,6 +29,12 @@ def check(ranks, group, sizes, returned, steps=1, strategy="gather", **options):
 @pytest.mark.parametrize("group", ["2", "3", "subgroup"])
 def test_loss_and_gradients_are_those_of_one_process(ranks, group, sizes, returned):
     check(ranks, group, sizes, returned, strategy="ring" if group == "3" else "gather")
+
+
+def test_a_function_over_a_wrapped_module_averages_once_too(ranks):
+    loss, expected = cases.alone(UNEVEN, False, 1)
+    expected = {name.removeprefix("encoder."): x for name, x in expected.items() if name != "temperature"}
+    compare(ranks.run(cases.function_step, "3", UNEVEN), loss, expected)
 
 
 @pytest.mark.parametrize("returned", [True, False], ids=["temperature returned", "temperature of the loss"])
