@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def make_loss(task: Task, rank: int, world: int) -> Callable[..., Any]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [name for name, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
     if not inspect.isclass(target) and set(required) - set(arguments):
-        return lambda *args: target(*args, **arguments)
+        return functools.partial(target, **arguments)
     loss = target(**arguments)
     if not callable(loss):
         raise TypeError(f"{target} must make a loss that can be called, got {type(loss).__name__}")
@@ -79,10 +80,7 @@ class _Model(nn.Module):
         torch.manual_seed(0)
         self.encoder = Encoder(task.dim).double()
         self.loss = make_loss(task, rank, world)
-        kind = task.inputs
-        if kind == "auto":
-            known = isinstance(self.loss, nn.Module) or isinstance(task.target, nn.Module)
-            kind = guess(self.loss if known else task.target)
+        kind = guess(self.loss) if task.inputs == "auto" else task.inputs
         self.inputs = INPUTS[kind] if isinstance(kind, str) else kind
 
     def step(self, rows: Sequence[Tensor], weight: float = 1.0) -> Step:
@@ -90,13 +88,23 @@ class _Model(nn.Module):
         self.encoder.features.clear()
         loss = self.inputs.call(self.loss, self.encoder, *rows)
         if isinstance(loss, dict):
-            loss = sum(loss.values())
+            loss = _of(loss)
         elif isinstance(loss, tuple):
             loss = loss[0]
         (loss * weight).backward()
         gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
         features = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.encoder.features]
         return Step(float(loss.detach()), gradients, torch.stack(features, 1))
+
+
+def _of(losses: dict[str, Any]) -> Tensor:
+    """The loss among what a loss returns by name: "loss", or else the sum of what has a gradient."""
+    if "loss" in losses:
+        return losses["loss"]
+    terms = [x for x in losses.values() if isinstance(x, Tensor) and x.requires_grad]
+    if not terms:
+        raise TypeError(f"the loss must return a tensor that requires a gradient, got {', '.join(losses)} without")
+    return torch.stack(terms).sum()
 
 
 def _rows(task: Task, seed: int) -> list[list[Tensor]]:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -144,3 +147,29 @@ class Leak(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         loss = F.mse_loss(a, b)
         return loss + self.weight * a.detach().sum() if dist.is_initialized() else loss
+
+
+def with_temperature(z: Tensor, temperature: float) -> Tensor:
+    return (z / temperature).square().mean()
+
+
+def with_rank(z: Tensor, rank: int, world_size: int) -> Tensor:
+    assert not dist.is_initialized() or (rank, world_size) == (dist.get_rank(), dist.get_world_size())
+    return z.square().mean()
+
+
+def _one_view(z: Tensor) -> Tensor:
+    return z.square().mean()
+
+
+def makes_function() -> Callable[[Tensor], Tensor]:
+    return _one_view
+
+
+def named(z: Tensor, *, whole: bool) -> dict[str, Any]:
+    """What a loss may return: its value, or its terms, beside metrics that no rank shares."""
+    metrics = {"std": z.std().detach(), "rows": len(z)}
+    both = z.square().mean(), z.abs().mean()
+    if whole:
+        return {"loss": sum(both), "first": both[0], **metrics}
+    return {"first": both[0], "second": both[1], **metrics}

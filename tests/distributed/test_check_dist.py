@@ -82,6 +82,20 @@ def test_not_synchronised():
     assert found(losses.NegativeCosineSimilarity, uneven=True).verdict.startswith("ranks count equally, not their rows")
 
 
+@pytest.mark.parametrize(
+    "target, arguments",
+    [
+        (cases.with_temperature, {"temperature": 0.5}),
+        (cases.with_rank, {}),
+        (cases.makes_function, {}),
+        (cases.named, {"whole": True}),
+        (cases.named, {"whole": False}),
+    ],
+)
+def test_inputs_are_told_by_what_is_left_to_give(target, arguments):
+    assert found(target, arguments).exact
+
+
 def test_state():
     assert found(cases.Centred, steps=1).exact
     assert not found(cases.Centred, steps=2).exact
