@@ -40,6 +40,9 @@ class Method(nn.Module):
 
         So that no two ranks draw the same for different rows, and masks are those of one process; torch's generators
         must be in the same state on all ranks, as one seed leaves them. In evaluation mode a rank draws for itself.
+
+        Meant for what is small, masks and ids: each rank makes the draws of all. Of what is as wide as features draw a
+        seed a row, and the own rows from their seeds, as `Data2Vec.draw_noise`.
         """
         batch = self.whole(x) if self.training else distributed.alone(x)
         if batch.local:

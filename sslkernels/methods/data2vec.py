@@ -103,14 +103,21 @@ class Data2Vec(Method):
         """From the patches visible (B, M, K): the hidden ones (B, M, L - K, D), and the prefix tokens (B, M, P, D)."""
         prefix = self.backbone.num_prefix_tokens
         tokens = self.backbone.forward_features(images, visible)  # (B M, P + K, D)
-        width, options = (*hidden.shape[1:], tokens.shape[-1]), {"device": tokens.device, "dtype": tokens.dtype}
-        noise = self.noise * self.draw(images, lambda rows: torch.randn(rows, *width, **options)).flatten(0, 1)
+        noise = self.draw_noise(images, tokens.new_empty(*hidden.shape, tokens.shape[-1])).flatten(0, 1)
         hidden = hidden.flatten(0, 1)
         place = torch.cat([visible.flatten(0, 1), hidden], dim=1).argsort(dim=1)  # of each patch in the next line
         x = gather_tokens(torch.cat([tokens[:, prefix:], noise], dim=1), place)
         x = self.decoder(x, self.backbone.grid(images), hidden)
         shape = visible.shape[:2]
         return x.unflatten(0, shape), tokens[:, :prefix].unflatten(0, shape)
+
+    def draw_noise(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Fills noise (B, M, L - K, D), from a seed an image: ranks share the seeds, and draw their own rows alone."""
+        seeds = self.draw(images, lambda rows: torch.randint(2**63 - 1, (rows,)))
+        generator = torch.Generator(noise.device)
+        for image, seed in zip(noise, seeds.tolist()):
+            image.normal_(std=self.noise, generator=generator.manual_seed(seed))
+        return noise
 
     def distance(self, x: Tensor, y: Tensor, ids: Tensor, *, weight: float = 1.0, reduction: str = "mean") -> Tensor:
         """Rows of x to rows ids of y: a row is the sum over D, over sqrt(D)."""

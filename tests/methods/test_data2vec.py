@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from sslkernels.methods import Data2Vec
 from sslkernels.nn import ConvolutionalDecoder, VisionTransformer
@@ -90,6 +91,30 @@ def test_backbone_sees_the_visible_patches_alone(images):
     assert torch.equal(inputs[0].gather(1, at), tokens)
     noise = inputs[0].gather(1, hidden.flatten(0, 1)[..., None].expand(-1, -1, 16))
     assert abs(noise.std() / 0.01 - 1) < 0.05 and noise.mean().abs() < 1e-3
+
+
+def test_what_ranks_draw_for_each_other_is_small(images, monkeypatch):
+    """The noise is as wide as the features: of the rows of other ranks only the seeds are drawn."""
+    method, drawn = small(), []
+    draw = method.draw
+
+    def record(x, function):
+        drawn.extend(leaf for leaf in tree_leaves(function(len(x))))
+        return draw(x, function)
+
+    monkeypatch.setattr(method, "draw", record)
+    method(images)
+    patches = 3 * 64  # masks an image, patches
+    assert drawn and all(x.shape[0] == 2 and x.numel() <= 2 * patches for x in drawn)
+    monkeypatch.undo()
+
+    noise = torch.empty(2, 3, 4, 5)
+    torch.manual_seed(0)
+    both = method.draw_noise(images, noise).clone()
+    assert not torch.equal(both[0], both[1])
+    torch.manual_seed(0)
+    monkeypatch.setattr(method, "draw", lambda x, function: function(2)[1:])  # the second rank of two
+    assert torch.equal(method.draw_noise(images[1:], noise[1:]), both[1:])
 
 
 def test_decoder_is_a_residual_of_convolutions():
