@@ -52,7 +52,8 @@ class Training:
 
     With `process_group`, "world" or a group of torch.distributed, the ranks train as one process does: all draw the
     same batch, each takes its part of the rows, batch norm and loss are of all rows, and DistributedDataParallel
-    averages. Losses, states and scores are the same on all ranks, and up to rounding those of one process.
+    averages. Losses, states and scores are the same on all ranks, and up to rounding those of one process; but for
+    wav2vec 2.0, where each rank draws distractors and the quantizer's noise for its own rows: near, not equal.
     """
 
     def __init__(
