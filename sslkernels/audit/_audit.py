@@ -8,6 +8,7 @@ import math
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def check_dist(
 
     Raises:
         ValueError, TypeError: an argument out of range; a target that processes cannot import.
-        RuntimeError: called where a process group exists already.
+        RuntimeError: called where a process group exists already, or outside of `if __name__ == "__main__":`.
 
     Example:
         >>> from sslkernels import check_dist, losses
@@ -157,10 +158,11 @@ def _serve(task: bytes, rank: int, world: int, path: str, connection: Any) -> No
         store = dist.FileStore(path, world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
 
+    connection.send_bytes(b"")  # it has begun
     found: tuple[bool, Any]
     try:
         found = True, measure(pickle.loads(task), rank, world, join)
-    except Exception as error:
+    except BaseException as error:
         found = False, f"{type(error).__name__}: {error}"
     connection.send_bytes(pickle.dumps(found))  # whole, where `send` would share tensors' memory with this process
     os._exit(0)  # gloo's threads do not outlive the others' sockets gracefully
@@ -184,7 +186,7 @@ def _started(task: Task, tolerance: float) -> Finding:
             connections.append(here)
             ranks.append(process)
         try:
-            found = _outcome(connections)
+            found = _outcome(connections, ranks)
         finally:
             for process in ranks:
                 process.kill()
@@ -194,21 +196,45 @@ def _started(task: Task, tolerance: float) -> Finding:
     return Finding(tuple(task.sizes), math.nan, math.nan, math.nan, math.nan, math.nan, "", found)
 
 
-def _outcome(connections: Sequence[Any]) -> Measured | str:
+def _outcome(connections: Sequence[Any], processes: Sequence[Any]) -> Measured | str:
     """What rank 0 measured, or why a rank stopped."""
-    left, measured, deadline = dict(zip(connections, range(len(connections)))), None, time.monotonic() + 3 * TIMEOUT
+    left, begun, measured = dict(zip(connections, range(len(connections)))), set(), None
+    deadline, raised = time.monotonic() + 3 * TIMEOUT, ""
     while left:
         ready: Any = wait(list(left), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready and raised:
+            return raised
         if not ready:
             return f"stopped: ranks {', '.join(map(str, left.values()))} did not finish within {3 * TIMEOUT} s"
         for connection in ready:
-            rank = left.pop(connection)
+            rank = left[connection]
             try:
-                good, found = pickle.loads(connection.recv_bytes())
+                message = connection.recv_bytes()
             except EOFError:
-                return f"stopped: rank {rank} died, as gloo does where ranks bring tensors of different sizes"
-            if not good:
-                return f"stopped: rank {rank} raised {found}"
-            measured = found if rank == 0 else measured
+                return _death(rank, processes[rank], rank in begun)
+            if not message:
+                begun.add(rank)
+                continue
+            del left[connection]
+            good, found = pickle.loads(message)
+            if not good and not raised:
+                raised = f"stopped: rank {rank} raised {found}"
+                deadline = time.monotonic() + 0.5  # another rank's death may be the cause
+            measured = found if good and rank == 0 else measured
+    if raised:
+        return raised
     assert measured is not None
     return measured
+
+
+def _death(rank: int, process: Any, begun: bool) -> str:
+    """How a process ended that sent nothing."""
+    process.join()
+    if not begun:
+        raise RuntimeError(
+            f"the process of rank {rank} ended with code {process.exitcode} before it began: check_dist must be called "
+            'under `if __name__ == "__main__":`, from a file that a process can import'
+        )
+    if process.exitcode == -signal.SIGABRT:
+        return f"stopped: rank {rank} was aborted, as by gloo where ranks bring tensors of different sizes"
+    return f"stopped: rank {rank} ended with code {process.exitcode}"

@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
             steps=options.steps,
             tolerance=options.tolerance,
         )
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, RuntimeError) as error:
         raise SystemExit(f"check-dist: {error}") from error
     if os.environ.get("RANK", "0") != "0":
         return  # torchrun ends all at the first failure, which must not come before what rank 0 prints

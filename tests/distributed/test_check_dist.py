@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,8 +114,19 @@ def test_a_module_and_own_inputs():
 
 def test_stopped():
     assert found(cases.fails).verdict == "stopped: rank 1 raised FloatingPointError: too warm"
-    assert found(cases.collides, uneven=True).verdict.startswith("stopped: rank")
+    assert re.match(r"stopped: rank \d (was aborted, as by gloo|raised)", found(cases.collides, uneven=True).verdict)
+    assert found(cases.exits).verdict == "stopped: rank 1 raised SystemExit: 3"
+    assert found(cases.ends).verdict == "stopped: rank 1 ended with code 3"
     assert "rank 0 raised TypeError" in found(cases.Clip, {"nonsense": 1}).verdict
+
+
+def test_names_the_rule_of_main(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text("from sslkernels import check_dist, losses\ncheck_dist(losses.NTXentLoss, processes=[2])\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"rank \d ended with code 1 before it began: .* under `if __name__ == .__main__.:`", last), last
 
 
 def test_refuses():
