@@ -10,7 +10,6 @@ dead one, fail as well, at once and not after the timeout; the group is past use
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,7 +19,6 @@ import torch
 
 GRACE = 10.0  # seconds that others have to answer in, no more than half of the group's timeout
 UNUSED_TAG = 2**31 - 1  # of messages: nothing is received by it
-_faults: Counter[str] = Counter()  # of each group in this process: an answer is to one of them
 
 
 @contextmanager
@@ -49,11 +47,11 @@ def _diagnose(group, error: str) -> str:
 
     me, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
     grace = min(GRACE, _close(group) / 2)
-    _faults[group.group_name] += 1
-    prefix = f"sslkernels/fault{_faults[group.group_name]}"
     here = f"Rank {ranks[me]} failed with: {error}"
     try:
         store = _get_process_group_store(group)
+        # counted where the group is, not here: its name may have been that of another, of other processes
+        prefix = f"sslkernels/fault{store.add(f'sslkernels/faults/{me}', 1)}"
         order = store.add(f"{prefix}/failed", 1)
         store.set(f"{prefix}/{me}", f"{order:06} {error}")
         answers = _answers(store, [f"{prefix}/{rank}" for rank in range(len(ranks))], grace)

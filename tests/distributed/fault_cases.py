@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ class Death(NamedTuple):
     rank: int = 2
     members: tuple[int, ...] = (0, 1, 2, 3)
     tcp: bool = False  # a store that rank 0 holds
+    former: bool = False  # rank 0 had a fault in a group of the same name before
 
 
 DEATHS = {
@@ -102,6 +104,7 @@ DEATHS = {
     "ring-backward": Death("start_swap", call=5, strategy="bidirectional_ring"),
     "ring-hang": Death("start_swap", call=2, strategy="ring", hangs=True),
     "subgroup": Death("start_swap", strategy="ring", rank=3, members=(1, 3)),
+    "former": Death(former=True),
     "store": Death(rank=0, tcp=True),
 }
 
@@ -131,6 +134,17 @@ def _die_in(death: Death) -> None:
     assert _agreement.collectives is _collectives
 
 
+def _former_fault() -> None:
+    import torch.distributed as dist
+
+    from sslkernels.distributed._faults import guard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with suppress(RuntimeError), guard(dist.new_group([0])):
+        raise RuntimeError
+    dist.destroy_process_group()
+
+
 def _member(name: str, rank: int, store: Any, folder: Path) -> None:
     import torch
     import torch.distributed as dist
@@ -139,6 +153,8 @@ def _member(name: str, rank: int, store: Any, folder: Path) -> None:
 
     torch.set_num_threads(1)
     death = DEATHS[name]
+    if death.former and rank == 0:
+        _former_fault()
     if death.tcp:
         port = int(folder.joinpath("port").read_text())
         store = dist.TCPStore(
