@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from sslkernels.audit._audit import check_dist, load
 from sslkernels.audit._inputs import INPUTS, Inputs
+from sslkernels.distributed._launch import place
 
 
 def keywords(text: str) -> dict[str, Any]:
@@ -36,26 +37,37 @@ def _inputs(text: str) -> str | Inputs:
     return found
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="module:name of a loss, or of what makes one")
     parser.add_argument("--args", type=keywords, default={}, help="for what makes the loss: 'gather_distributed=True'")
     parser.add_argument("--inputs", type=_inputs, default="auto", help=f"{', '.join(INPUTS)}, or module:name of Inputs")
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default: 2 4)")
+    parser.add_argument("--processes", type=int, nargs="+", help="numbers of ranks (default: 2 4)")
     parser.add_argument("--rows", type=int, default=8, help="of a rank (default: 8)")
     parser.add_argument("--dim", type=int, default=16, help="of the features (default: 16)")
     parser.add_argument("--uneven", action="store_true", help="every other rank has 3 rows more")
     parser.add_argument("--steps", type=int, default=2, help="of a loss that has a state (default: 2)")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, of what is exact (default: 1e-6)")
-    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--json", type=_file, help="write what was found to this file")
 
 
 def main(options: argparse.Namespace) -> None:
+    launch = place()
+    rank = launch[0] if launch else 0
+    if launch and options.processes and rank == 0:
+        print("check-dist: --processes is ignored: torchrun has started them", file=sys.stderr)
     try:
         audit = check_dist(
             options.target,
             options.inputs,
             arguments=options.args,
-            processes=options.processes,
+            processes=options.processes or (2, 4),
             rows=options.rows,
             dim=options.dim,
             uneven=options.uneven,
@@ -64,7 +76,7 @@ def main(options: argparse.Namespace) -> None:
         )
     except (ValueError, TypeError, ImportError, AttributeError, RuntimeError) as error:
         raise SystemExit(f"check-dist: {error}") from error
-    if os.environ.get("RANK", "0") != "0":
+    if rank:
         return  # torchrun ends all at the first failure, which must not come before what rank 0 prints
     print(audit)
     if options.json:

@@ -170,7 +170,11 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert code == 0 and head.split() == ["rows", "loss", "true", *HEAD]
     assert [line.split()[0] for line in lines] == ["8+8", "8+8+8"] and all(line.endswith("exact") for line in lines)
     assert [finding["verdict"] for finding in json.loads(path.read_text())] == ["exact", "exact"]
-    assert command(name, "--processes", "2", **run)[0] == 1
+    monkeypatch.setenv("RANK", "1")  # alone, which is not torchrun's
+    code, printed = command(name, "--processes", "2", **run)
+    assert code == 1 and "not synchronised" in printed
+    code, printed = command(name, "--json", str(tmp_path / "nowhere" / "found.json"), **run)
+    assert code == 2 and "there is no folder" in printed
     code, printed = command(name, "--inputs", "nowhere:inputs", **run)
     assert code == 2 and "No module named 'nowhere'" in printed
     code, printed = command(name, "--args", "temperature", **run)
@@ -195,9 +199,10 @@ def test_under_torchrun():
     def status(*arguments: str) -> tuple[int, str]:
         call = [sys.executable, *launch, "check-dist", *arguments]
         done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+        assert ("--processes is ignored" in done.stderr) == ("--processes" in arguments)
         return done.returncode, done.stdout
 
     code, printed = status("sslkernels.losses:NTXentLoss", "--args", "gather_distributed=True")
     assert code == 0 and printed.rstrip().endswith("exact") and len(printed.splitlines()) == 2
-    code, printed = status("check_dist_cases:world_times")
+    code, printed = status("check_dist_cases:world_times", "--processes", "3")
     assert code == 1 and "2 times the true one" in printed
