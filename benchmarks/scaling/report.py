@@ -145,7 +145,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """By the marker of their place in docs/scaling.md; what was not measured has no table."""
     load = [case["load"] for case in results["cases"].values()]
     line = machine_line(results["machine"], [results])
-    busy = f"Load average while measuring, these processes included: {min(load):.0f} to {max(load):.0f}." if load else ""
+    busy = f"Load average, these processes included: {min(load):.0f} to {max(load):.0f}." if load else ""
     made = {"bytes": bytes_table(results), "memory": memory_table(results), "time": times_table(results)}
     made["time"] = f"{line} {busy}\n\n{made['time']}"
     if "links" in results:
